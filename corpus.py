@@ -1,0 +1,278 @@
+"""Where texts come from: corpus.texts(SOURCE) streams English (or any) text, one string at a time.
+
+    docstrings               the documentation of the pinned packages installed beside this file: no download
+    FILE.txt                 one text a line
+    FILE.jsonl  FILE.jsonl.gz  FILE.parquet      a `text` column
+    FOLDER                   every such file below it, in the order of their names
+    hub:DATASET[:COLUMN]     a data set of the Hugging Face hub, streamed (split "train")
+
+A stream, never a list: a corpus may be larger than memory. `Counts` says what became of every text read.
+"""
+import gzip
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
+# OURS: packages whose documentation is mostly prose. All are pinned in requirements.txt, so that the corpus is the same on
+# every machine. mteb is left out on purpose: its documentation describes the tasks that the result is judged by.
+PACKAGES = ("accelerate", "datasets", "huggingface_hub", "matplotlib", "networkx", "numpy", "pandas", "peft", "PIL", "scipy",
+            "sentence_transformers", "sklearn", "sympy", "torch", "transformers")
+
+
+class Error(ValueError):
+    """Bad input: one line for a person, saying what was expected, what came and what to do."""
+
+
+@dataclass
+class Counts:
+    read: int = 0
+    empty: int = 0
+    duplicate: int = 0
+
+    def __str__(self):
+        kept = self.read - self.empty - self.duplicate
+        return f"{self.read:,} texts read, {self.empty:,} empty, {self.duplicate:,} duplicates, {kept:,} kept"
+
+
+def texts(source, counts=None):
+    """Yield the texts of SOURCE once each: whitespace runs become one space, case variants count as one text."""
+    counts = Counts() if counts is None else counts
+    seen = set()                                     # 8 bytes a text, not the text
+    for text in read(source):
+        counts.read += 1
+        text = " ".join(text.split())
+        key = int.from_bytes(hashlib.blake2b(text.casefold().encode("utf-8", "replace"), digest_size=8).digest(), "little")
+        if not text:
+            counts.empty += 1
+        elif key in seen:
+            counts.duplicate += 1
+        else:
+            seen.add(key)
+            yield text
+
+
+def fingerprint(source):
+    """What tells one corpus from another without reading it: names, sizes and times of files, versions of packages."""
+    source = str(source)
+    if source == "docstrings":
+        from importlib.metadata import packages_distributions, version
+        name = packages_distributions()
+        return [source] + [f"{p} {version(name[p][0])}" for p in PACKAGES if p in name]
+    if source.startswith("hub:"):
+        return source
+    path = Path(source)
+    files = sorted(f for f in path.rglob("*") if f.name.endswith(SUFFIXES)) if path.is_dir() else [path] * path.exists()
+    return [(str(f.absolute()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+
+
+def read(source):
+    """Dispatch on SOURCE; raises Error on anything that is not text."""
+    source = str(source)
+    if source == "docstrings":
+        return docstrings()
+    if source.startswith("hub:"):
+        return hub(*source[4:].split(":"))
+    path = Path(source)
+    if path.is_dir():
+        files = sorted(f for f in path.rglob("*") if f.name.endswith(SUFFIXES) and f.is_file())
+        if not files:
+            raise Error(f"--corpus: expected a folder with {', '.join(SUFFIXES)} files, found none in {path}")
+        return (text for f in files for text in read_file(f))
+    if not path.exists():
+        raise Error(f"--corpus: expected docstrings, hub:NAME, a folder or a file, but {path} does not exist")
+    if not path.name.endswith(SUFFIXES):
+        raise Error(f"--corpus: expected a file ending in {', '.join(SUFFIXES)}, got {path.name}")
+    return read_file(path)
+
+
+def read_file(path):
+    if path.name.endswith(".parquet"):
+        yield from parquet(path)
+        return
+    with gzip.open(path, "rb") if path.name.endswith(".gz") else open(path, "rb") as lines:
+        n = 0
+        try:
+            for n, line in enumerate(lines, 1):
+                if b"\0" in line:
+                    raise Error(f"--corpus: expected text, but {path} line {n} has zero bytes: a binary or UTF-16 file?")
+                line = line.decode("utf-8-sig" if n == 1 else "utf-8")
+                if path.name.endswith(".txt"):
+                    yield line
+                elif line.strip():
+                    yield json.loads(line)["text"] + ""       # + "": a number or null is a TypeError
+        except UnicodeDecodeError as e:
+            raise Error(f"--corpus: expected UTF-8, but {path} line {n} is not ({e.reason}): convert it first") from None
+        except json.JSONDecodeError as e:
+            raise Error(f"--corpus: expected a JSON object a line, but {path} line {n} is not one ({e.msg})") from None
+        except (KeyError, TypeError):
+            raise Error(f'--corpus: expected {{"text": "..."}}, but {path} line {n} has no string called text') from None
+        except (gzip.BadGzipFile, EOFError) as e:
+            raise Error(f"--corpus: expected gzip, but {path} is damaged after line {n} ({e})") from None
+
+
+def parquet(path):
+    import pyarrow
+    import pyarrow.parquet
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+    except (pyarrow.ArrowInvalid, OSError) as e:
+        raise Error(f"--corpus: expected parquet, but {path} is not ({str(e).splitlines()[0]})") from None
+    if "text" not in file.schema_arrow.names:
+        raise Error(f"--corpus: expected a column called text in {path}, found {', '.join(file.schema_arrow.names)}")
+    if not pyarrow.types.is_string(t := file.schema_arrow.field("text").type) and not pyarrow.types.is_large_string(t):
+        raise Error(f"--corpus: expected strings in the column text of {path}, found {t}")
+    for batch in file.iter_batches(columns=["text"]):
+        yield from (text or "" for text in batch.column(0).to_pylist())
+
+
+def hub(name, column="text"):
+    import datasets
+    try:
+        data = datasets.load_dataset(name, split="train", streaming=True)
+    except Exception as e:                           # offline, unknown, gated: datasets has a dozen types for it
+        raise Error(f"--corpus: expected a data set on the hub, but {name} can not be read here "
+                    f"({str(e).splitlines()[0]}): check the name and the network, or pass a file") from None
+    for row in data:
+        if not isinstance(row.get(column), str):
+            raise Error(f"--corpus: expected a text column called {column} in {name}, found {', '.join(row)}: "
+                        f"pass hub:{name}:COLUMN")
+        yield row[column]
+
+
+# ------------------------------------------------------------------------------------------------------- docstrings
+LITERAL = re.compile(r'(?<![\w\'"])[rRuU]?("""|\'\'\')(.*?)\1', re.S)
+MARKUP = [(re.compile(p, re.S), r) for p, r in (
+    (r":[\w:]+:`[~!]?(?:[^`<]*?\.)?([^`<.]+?)(?:\s*<[^`]*>)?`", r"\1"),      # :class:`~a.b.C` -> C
+    (r"`([^`<]+?)\s*<[^`>]*>`_{0,2}", r"\1"), (r"\[([^\]]*)\]\([^)]*\)", r"\1"),  # `text <url>`_  [text](url) -> text
+    (r"\s?\[[\w# ]*\]_?", ""), (r"`{1,2}([^`]*)`{1,2}_?", r"\1"), (r"\*{1,2}([^*\s][^*]*)\*{1,2}", r"\1"))]
+CODE = re.compile(r">>>|\.\.\. |^\s*\.\. |::$|https?:|[{}\\=|<>@#$_~^]|\w\(|\w\.\w|--|\+\+|^\s*[-=~^]{3,}", re.M)
+OTHER = re.compile(r"[^A-Za-z ]")
+WORDS = re.compile(r"\b(?:the|a|an|of|to|is|are|in|for|and|or|that|this|be|with|by|it|as|on|if|when|not|which)\b", re.I)
+ITEM = re.compile(r"\s*(?:[-*+]|\d+[.)]|[\w*, ]{1,40}(?:\([^()]{1,80}\))?\s?:(?!:))\s+")      # "- ", "1. ", "name (type): "
+
+
+def prose(doc):
+    """The English paragraphs of one documentation string: no code, formulas, tables or signatures."""
+    for block in re.split(r"\n\s*\n", doc):
+        lines, paragraph = block.split("\n"), []
+        for line in lines + [""]:
+            header = re.match(r"\s*[\w*, ]+ : ", line)                  # numpydoc's "x : array of shape ..." line
+            item = ITEM.match(line)
+            if (not line.strip() or header or item) and paragraph:
+                yield from clean(" ".join(paragraph))
+                paragraph = []
+            if line.strip() and not header:
+                paragraph.append(line[item.end():].strip() if item else line.strip())
+
+
+def clean(text):
+    if len(text) < 40 or not text[0].isupper():
+        return
+    for pattern, by in MARKUP:
+        text = pattern.sub(by, text)
+    text = " ".join(text.split())
+    words = text.count(" ") + 1
+    if (40 <= len(text) <= 1500 and text[-1] in ".!?" and text.isascii() and not CODE.search(text)
+            and len(OTHER.findall(text)) <= 0.08 * len(text) and len(WORDS.findall(text)) >= 0.15 * words):
+        yield text
+
+
+def docstrings(packages=PACKAGES):
+    """Documentation strings of installed packages, found by parsing their source for triple-quoted literals.
+
+    A full parse (ast) of these packages takes minutes; the literals alone take seconds, and whatever of them is not
+    English prose is dropped by `clean`."""
+    for package in packages:
+        spec = importlib.util.find_spec(package)
+        if spec is None:
+            raise Error(f"--corpus docstrings: expected the package {package} to be installed: "
+                        "pip install -r requirements.txt, or pass your own texts")
+        for file in sorted(Path(spec.submodule_search_locations[0]).rglob("*.py")):
+            if "tests" not in file.parts and "testing" not in file.parts:
+                for literal in LITERAL.finditer(file.read_text("utf-8", "ignore")):
+                    yield from prose(literal[2])
+
+
+# ---------------------------------------------------------------------------------------------- texts -> tokens on disk
+class Tokens(NamedTuple):
+    """A tokenized corpus, memory-mapped: text n is ids[start[n]:start[n + 1]]."""
+    ids: object         # (total,) uint32
+    start: object       # (N + 1,) int64
+    df: object          # (V,) int64: in how many texts each word stands
+    hash: str           # of the texts
+    folder: Path
+
+
+def tokenize(tok, texts, max_length):
+    """list of str -> list of id lists, truncated. The one place where text becomes ids, in training and in use."""
+    return tok(texts, truncation=True, max_length=max_length, return_attention_mask=False)["input_ids"]
+
+
+def read_tokens(source, tok, max_length, V, find_words, vocabulary):
+    """Stream SOURCE through the tokenizer, once; later runs find it on disk. find_words(flat ids, lengths) -> (text, word)."""
+    import numpy as np
+    from tqdm import tqdm
+
+    def write(folder):
+        digest, counts, lengths, df = hashlib.blake2b(digest_size=16), Counts(), [], np.zeros(V, np.int64)
+        with open(folder / "ids", "wb") as out, tqdm(desc="tokenize", unit=" texts") as bar:
+            for block in blocks(texts(source, counts), 4096):
+                ids = tokenize(tok, block, max_length)
+                n = np.array([len(i) for i in ids])
+                flat = np.fromiter((i for x in ids for i in x), np.uint32, n.sum())
+                flat.tofile(out)
+                text, word = find_words(flat, n)
+                df += np.bincount(np.unique(text * V + word) % V, minlength=V)
+                lengths.append(n)
+                digest.update("\n".join(block).encode("utf-8", "replace"))
+                bar.update(len(block))
+        print(f"corpus {source}: {counts}")
+        if not lengths:
+            raise Error(f"--corpus: expected at least one text, but {source} has none")
+        np.save(folder / "start.npy", np.concatenate([[0], np.cumsum(np.concatenate(lengths))]))
+        np.save(folder / "df.npy", df)
+        (folder / "hash").write_text(digest.hexdigest())
+
+    folder = cached("tokens", key(fingerprint(source), vocabulary, max_length), write)
+    return Tokens(np.memmap(folder / "ids", np.uint32, "r"), np.load(folder / "start.npy"), np.load(folder / "df.npy"),
+                  (folder / "hash").read_text(), folder)
+
+
+def blocks(items, n):
+    """Lists of n items, the last one shorter."""
+    block = []
+    for item in items:
+        block.append(item)
+        if len(block) == n:
+            yield block
+            block = []
+    if block:
+        yield block
+
+
+def key(*parts):
+    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=10).hexdigest()
+
+
+def cached(kind, name, write):
+    """The folder that write(folder) fills, made once. It is filled beside its place and renamed: never half-written."""
+    folder = Path(os.environ.get("T2T_CACHE", Path.home() / ".cache" / "text2token")) / f"{kind}-{name or os.getpid()}"
+    if name is None:                                                # not to be found again: an experiment's own
+        shutil.rmtree(folder, ignore_errors=True)
+    if not folder.exists():
+        beside = folder.with_name(f"{folder.name}.{os.getpid()}.new")
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+        try:
+            write(beside)
+            beside.rename(folder)
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+    return folder
