@@ -1,0 +1,142 @@
+"""What a backbone is worth as an embedder before any training: six ways to read it, and two without a model.
+
+    python results/readings.py --data-dir DIR [--backbone tiny] [--corpus docstrings] [--tasks NAME ...]
+
+    mean, last         states of the causal model, averaged or the last one
+    prompt             the last state of: This text: "..." means in one word: "
+    mean - PC          mean, without the first principal component of mean over 2,048 texts of the corpus
+    echo               the text twice, mean over the second copy (what stands there has seen the whole text)
+    head rows          mean of the rows of the head that belong to the text's tokens
+    SIF                the same, a row weighted by 1e-3 / (1e-3 + frequency), without its first principal component
+    tf-idf             cosine of tf * idf over the canonical words that t2t.py trains on: pure lexical overlap
+
+Frequencies, idf and components come from --corpus, never from a task. Writes results/readings-CORPUS.json and .md.
+"""
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import mteb  # noqa: E402
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from mteb.models import ModelMeta  # noqa: E402
+from mteb.models.abs_encoder import AbsEncoder  # noqa: E402
+
+import eval as evaluation  # noqa: E402
+import t2t  # noqa: E402
+
+
+def readings(backbone, corpus, max_length=128):
+    """-> {name: function(list of n texts) -> (n, dimensions)}"""
+    model, tok = t2t.load_backbone(backbone, "causal")
+    H, special = t2t.head(model).weight.detach().numpy(), set(tok.all_special_ids)
+    V, words = len(H), t2t.read_vocabulary(tok, len(H))
+    find = lambda flat, n: t2t.find_words(words, flat, n)
+    tokens = t2t.read_tokens(corpus, tok, max_length, V, find, words.hash)
+    N = len(tokens.start) - 1
+    idf = np.log(N / np.maximum(1, tokens.df))
+    frequency = np.bincount(tokens.ids, minlength=V) / len(tokens.ids)
+    some = [tok.decode(tokens.ids[tokens.start[n]:tokens.start[n + 1]].tolist(), skip_special_tokens=True)
+            for n in t2t.order_of_texts(0, 0, N)[:2048]]
+    before, after = tok(t2t.PROMPT[0])["input_ids"], tok(t2t.PROMPT[1], add_special_tokens=False)["input_ids"]
+    bare = lambda text: [i for i in t2t.tokenize(tok, [text], max_length)[0] if i not in special]
+
+    @torch.no_grad()
+    def run(ids, keep, how):
+        """pool the states of ids over the places where keep is 1"""
+        out, order = np.zeros((len(ids), H.shape[1]), np.float32), sorted(range(len(ids)), key=lambda n: -len(ids[n]))
+        for rows in t2t.blocks([n for n in order if ids[n]], 64):
+            x, mask = t2t.pad([ids[n] for n in rows], tok.pad_token_id)
+            on, _ = t2t.pad([keep[n] for n in rows], 0)
+            out[rows] = t2t.pool(t2t.states(model, x, mask), on, how).numpy()
+        return out
+
+    def plain(how):
+        def read(texts):
+            ids = t2t.tokenize(tok, texts, max_length)
+            return run(ids, [[1] * len(i) for i in ids], how)
+        return read
+
+    def prompt(texts):
+        ids = [before + bare(t) + after for t in texts]
+        return run(ids, [[1] * len(i) for i in ids], "last")
+
+    def echo(texts):
+        ids = [bare(t) for t in texts]
+        return run([before[:1] + i + i for i in ids], [[0] * (1 + len(i)) + [1] * len(i) for i in ids], "mean")
+
+    def without_pc(read):
+        pc = []
+
+        def reading(texts):
+            if not pc:
+                pc.append(np.linalg.svd(read(some), full_matrices=False)[2][0])
+            x = read(texts)
+            return x - np.outer(x @ pc[0], pc[0])
+        return reading
+
+    def rows(weight):
+        def read(texts):
+            ids = [np.array(bare(t), int) for t in texts]
+            return np.stack([(weight[i, None] * H[i]).sum(0) / max(1, len(i)) for i in ids])
+        return read
+
+    def tf_idf(texts):
+        out = np.zeros((len(texts), V), np.float32)
+        for n, ids in enumerate(t2t.tokenize(tok, texts, max_length)):
+            np.add.at(out[n], find(np.array(ids, int), [len(ids)])[1], 1)
+        return out * idf
+
+    return {"mean": plain("mean"), "last": plain("last"), "prompt": prompt, "mean - PC": without_pc(plain("mean")),
+            "echo": echo, "head rows": rows(np.ones(V)), "SIF": without_pc(rows(1e-3 / (1e-3 + frequency))),
+            "tf-idf": tf_idf}
+
+
+class Reading(AbsEncoder):
+    """What mteb asks of a model, around one function."""
+
+    def __init__(self, name, read):
+        self.read = read
+        self.mteb_model_meta = ModelMeta.create_empty({"name": f"reading/{name}", "revision": "1"})
+
+    def encode(self, inputs, **_):
+        # retrieval hands out "title text" of a document as text, everything else its own column
+        return self.read([text for batch in inputs for text in batch["text"]]).astype(np.float32)
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p.add_argument("--backbone", default="tiny")
+    p.add_argument("--corpus", default="docstrings")
+    p.add_argument("--data-dir", required=True)
+    p.add_argument("--readings", nargs="+")
+    p.add_argument("--tasks", nargs="+", default="STS12 STS13 STSBenchmark Banking77Classification SciFact".split())
+    a = p.parse_args()
+    tasks, t0, table = [evaluation.localize(t, a.data_dir) for t in evaluation.pick(a.tasks)], time.time(), {}
+    for name, read in readings(a.backbone, a.corpus).items():
+        if a.readings and name not in a.readings:
+            continue
+        table[name] = {}
+        for task in tasks:
+            result = mteb.evaluate(Reading(name, read), [task], cache=None, co2_tracker=False, show_progress_bar=False)
+            table[name][task.metadata.name] = round(100 * result.task_results[0].get_score(), 2)
+            print(name, task.metadata.name, table[name][task.metadata.name], flush=True)
+    out = ROOT / "results" / f"readings-{Path(a.corpus).name}"
+    facts = {"command": " ".join(["python results/readings.py", f"--corpus {Path(a.corpus).name}", "--data-dir DIR"]),
+             "backbone": Path(a.backbone).name, "seconds": round(time.time() - t0), "torch": torch.__version__,
+             "mteb": mteb.__version__, "threads": torch.get_num_threads(), "scores": table}
+    out.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n")
+    names = [t.metadata.name for t in tasks]
+    lines = ["| reading | " + " | ".join(names) + " |", "|---|" + "---:|" * len(names)]
+    lines += [f"| {r} | " + " | ".join(f"{s[n]:.2f}" for n in names) + " |" for r, s in table.items()]
+    out.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()

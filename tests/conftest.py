@@ -1,0 +1,88 @@
+"""What the tests share: a small corpus made here, a tokenizer trained on it, and small random models of many families.
+
+Everything runs offline, on a CPU, in minutes:  python -m pytest -q
+"""
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+ANIMALS = "dog cat horse bird fish wolf sheep goat mouse lion".split()
+ACTIONS = "eats sees follows hears finds carries watches meets".split()
+PLACES = "river garden forest mountain kitchen harbour village desert".split()
+
+
+def sentences(n, seed=0):
+    """n distinct sentences of 6 to 20 words."""
+    rng, out = np.random.default_rng(seed), []
+    while len(out) < n:
+        a, b = rng.choice(ANIMALS, 2, replace=False)
+        text = f"The {a} {rng.choice(ACTIONS)} the {b} in the {rng.choice(PLACES)}"
+        if rng.random() < 0.5:
+            text += f", and then the {rng.choice(ANIMALS)} {rng.choice(ACTIONS)} it near the {rng.choice(PLACES)}"
+        out.append(f"{text} number {len(out)}.")
+    return out
+
+
+@pytest.fixture(scope="session")
+def tok(tmp_path_factory):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+    t = Tokenizer(models.BPE())
+    t.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    t.decoder = decoders.ByteLevel()
+    t.train_from_iterator(sentences(400), trainers.BpeTrainer(
+        vocab_size=500, special_tokens=["<pad>", "<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    t.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=t, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+
+
+@pytest.fixture(scope="session")
+def backbone(tok, tmp_path_factory):
+    """A folder with a random Llama of width 32 whose embedding is tied to its head."""
+    folder = tmp_path_factory.mktemp("backbone")
+    family("llama", len(tok), tie_word_embeddings=True).save_pretrained(folder)
+    tok.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def texts_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("corpus") / "texts.txt"
+    path.write_text("\n".join(sentences(400)) + "\n")
+    return path
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("T2T_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+FAMILIES = ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "gpt_neox", "phi", "cohere", "granite"]
+
+
+def family(name, V=300, **settings):
+    """A random two-layer model of width 32 of one family, head scales and soft caps included."""
+    import transformers as tf
+    kind, own = {
+        "llama": ("Llama", {}), "qwen2": ("Qwen2", {}), "qwen3": ("Qwen3", {"head_dim": 8}), "mistral": ("Mistral", {}),
+        "gemma2": ("Gemma2", {"head_dim": 8, "final_logit_softcapping": 3.0}), "gemma3": ("Gemma3Text", {"head_dim": 8}),
+        "gpt_neox": ("GPTNeoX", {}), "phi": ("Phi", {}), "cohere": ("Cohere", {"logit_scale": 0.25}),
+        "granite": ("Granite", {"logits_scaling": 4.0})}[name]
+    for key in ("num_key_value_heads",) if name not in ("gpt_neox", "phi") else ():
+        own[key] = 2
+    config = getattr(tf, kind + "Config")(**{**dict(
+        vocab_size=V, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, pad_token_id=0,
+        bos_token_id=1, eos_token_id=2, max_position_embeddings=256), **own, **settings})
+    torch.manual_seed(0)
+    model = tf.AutoModelForCausalLM.from_config(config).float()
+    out = model.get_output_embeddings()
+    if getattr(out, "bias", None) is not None:
+        torch.nn.init.normal_(out.bias)                       # a bias of zeros would test nothing
+    return model.eval()

@@ -1,0 +1,124 @@
+"""Corpora: every format reads the same texts, and bad ones end in one line that names file and line."""
+import gzip
+import json
+
+import pytest
+
+import corpus
+from corpus import Error, texts
+
+GOOD = ["The first text.", "Ein zweiter Text, über Käse.", "A third."]
+
+
+def write(path, kind):
+    if kind == ".txt":
+        path.write_text("\n".join(GOOD) + "\n", "utf-8")
+    elif kind == ".parquet":
+        import pyarrow
+        import pyarrow.parquet
+        pyarrow.parquet.write_table(pyarrow.table({"id": [1, 2, 3], "text": GOOD}), path)
+    else:
+        data = "".join(json.dumps({"text": t, "n": 1}) + "\n" for t in GOOD).encode()
+        path.write_bytes(gzip.compress(data) if kind.endswith(".gz") else data)
+    return path
+
+
+@pytest.mark.parametrize("kind", corpus.SUFFIXES)
+def test_formats(tmp_path, kind):
+    assert list(texts(write(tmp_path / f"a{kind}", kind))) == GOOD
+
+
+def test_folder_reads_all_files_and_drops_duplicates(tmp_path):
+    for kind in corpus.SUFFIXES:
+        write(tmp_path / f"a{kind}", kind)
+    (tmp_path / "README.md").write_text("not a corpus")
+    counts = corpus.Counts()
+    assert sorted(texts(tmp_path, counts)) == sorted(GOOD)
+    assert (counts.read, counts.empty, counts.duplicate) == (12, 0, 9)
+
+
+def test_empty_lines_spaces_and_case(tmp_path):
+    (tmp_path / "a.txt").write_text("\ufeffOne  two\t three\n\n   \none two three\nFour", "utf-8")
+    counts = corpus.Counts()
+    assert list(texts(tmp_path / "a.txt", counts)) == ["One two three", "Four"]
+    assert (counts.read, counts.empty, counts.duplicate) == (5, 2, 1)
+    assert "5 texts read, 2 empty, 1 duplicates, 2 kept" in str(counts)
+
+
+def test_a_stream_is_not_read_ahead(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"good\n" + b"\xff\xfe bad\n")
+    stream = texts(tmp_path / "a.txt")
+    assert next(stream) == "good"                                     # the second line has not been looked at yet
+    with pytest.raises(Error, match="line 2"):
+        next(stream)
+
+
+@pytest.mark.parametrize("name, data, says", [
+    ("a.txt", b"fine\ncaf\xe9\n", "expected UTF-8, but .*a.txt line 2"),
+    ("a.txt", b"\x00\x01\x02", "a.txt line 1 has zero bytes"),
+    ("a.jsonl", b'{"text": "x"}\nnope\n', "a.jsonl line 2 is not one"),
+    ("a.jsonl", b'{"texts": "x"}\n', "a.jsonl line 1 has no string called text"),
+    ("a.jsonl", b'{"text": 3}\n', "a.jsonl line 1 has no string called text"),
+    ("a.jsonl", b'[1]\n', "a.jsonl line 1 has no string called text"),
+    ("a.jsonl.gz", b"not gzip", "expected gzip"),
+    ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 9999)[:-40], "expected gzip, but .* is damaged after line"),
+    ("a.parquet", b"not parquet", "expected parquet"),
+    ("a.csv", b"text\nx\n", "expected a file ending in")])
+def test_bad_files_are_named(tmp_path, name, data, says):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(Error, match=says) as e:
+        list(texts(tmp_path / name))
+    assert "\n" not in str(e.value)
+
+
+def test_bad_sources(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+    pyarrow.parquet.write_table(pyarrow.table({"body": GOOD}), tmp_path / "a.parquet")
+    with pytest.raises(Error, match="expected a column called text in .*, found body"):
+        list(texts(tmp_path / "a.parquet"))
+    pyarrow.parquet.write_table(pyarrow.table({"text": [1, 2]}), tmp_path / "b.parquet")
+    with pytest.raises(Error, match="expected strings in the column text of .*, found int64"):
+        list(texts(tmp_path / "b.parquet"))
+    (tmp_path / "none").mkdir()
+    with pytest.raises(Error, match="found none in"):
+        list(texts(tmp_path / "none"))
+    with pytest.raises(Error, match="does not exist"):
+        list(texts(tmp_path / "missing.txt"))
+
+
+def test_docstrings_are_prose_and_the_same_every_time():
+    a = list(texts_of := corpus.docstrings(["peft"]))
+    assert a == list(corpus.docstrings(["peft"])) and len(a) > 300 and texts_of is not None
+    for text in a:
+        assert ">>>" not in text and "http" not in text and text[0].isupper() and text[-1] in ".!?"
+
+
+def test_docstring_cleaning_by_hand():
+    doc = """Return the ``sum`` of :class:`~a.b.Tensor` elements along **one** of the dimensions of the input.
+
+    Parameters
+    ----------
+    x : array_like
+        The array whose elements are added, which may have any number of dimensions.
+
+    >>> add(1, 2)
+    3
+    """
+    assert list(corpus.prose(doc)) == [
+        "Return the sum of Tensor elements along one of the dimensions of the input.",
+        "The array whose elements are added, which may have any number of dimensions."]
+
+
+def test_cached_leaves_nothing_half_written(tmp_path, monkeypatch):
+    monkeypatch.setenv("T2T_CACHE", str(tmp_path))
+
+    def fails(folder):
+        (folder / "part").write_text("half")
+        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        corpus.cached("kind", "name", fails)
+    assert list(tmp_path.iterdir()) == []
+    made = corpus.cached("kind", "name", lambda folder: (folder / "all").write_text("whole"))
+    assert [f.name for f in made.iterdir()] == ["all"]
+    assert corpus.cached("kind", "name", fails) == made                # found, so not written again

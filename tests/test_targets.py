@@ -1,0 +1,158 @@
+"""What counts as a word, and the targets made from them: worked by hand, and their invariants."""
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.testing import assert_close
+
+import t2t
+from corpus import Error, Tokens
+from t2t import Config, build_targets, data_targets, find_words, read_vocabulary
+
+
+class FakeTokenizer:
+    """A vocabulary given as raw tokens, byte-level (\u0120) or sentencepiece (\u2581) by its space mark."""
+    all_special_ids = [0]
+
+    def __init__(self, tokens, mark):
+        self.tokens, self.mark = [t.replace("_", mark) for t in tokens], mark
+
+    def __len__(self):
+        return len(self.tokens)
+
+    def convert_ids_to_tokens(self, ids):
+        return [self.tokens[i] for i in ids]
+
+    def convert_tokens_to_string(self, tokens):
+        s = "".join(tokens).replace(self.mark, " ")
+        return s.lstrip() if self.mark == "\u2581" else s
+
+
+#          0      1       2      3      4      5       6    7     8     9      10    11     12     13    14     15
+TOKENS = ["<s>", "_dog", "_Dog", "dog", "DOG", "_the", ".", "_a", "_7", "ing", "_x", "_don", "Cat", "_Cat", "_dys", "lexia",
+          "_\u732b", "\u732b", "<unk>", "_3rd", "_able", "able", "_comfort"]
+#          16          17       18       19      20       21      22
+
+
+@pytest.mark.parametrize("mark", ["\u0120", "\u2581"])
+def test_canon_by_hand(mark):
+    words = read_vocabulary(FakeTokenizer(TOKENS, mark), 24)         # one row of the embedding more than tokens
+    want = {1: 1, 2: 1, 3: 1, 4: 1,                                  # dog, with and without space, in three cases
+            12: 13, 13: 13,                                          # no lower case in the vocabulary: the spaced form
+            14: 14, 16: 16, 17: 16, 20: 20, 21: 20, 22: 22}          # a script without case needs no space
+    assert {v: c for v, c in enumerate(words.canon.tolist()) if c >= 0} == want
+    assert words.text[2] == "Dog" and words.text[23] == ""
+
+
+def test_split_words_count_once():
+    words = read_vocabulary(FakeTokenizer(TOKENS, "\u0120"), 23)
+    #          the dys|lexia . dog(at once after a stop)    comfort|able   able    next text: dog
+    flat = np.array([5, 14, 15, 6, 3, 22, 21, 20, 3, 9])
+    text, word = find_words(words, flat, [8, 2])
+    assert text.tolist() == [0, 0, 0, 0, 1]
+    assert word.tolist() == [14, 1, 22, 20, 1]                       # "able" counts as a word, not as an ending
+
+
+def test_data_targets_by_hand():
+    words = read_vocabulary(FakeTokenizer(TOKENS, "\u0120"), 23)
+    rows = [np.array([0, 1, 2, 5, 13]), np.array([5, 6]), np.array([20])]
+    idf = np.zeros(23)
+    idf[[1, 13, 20]] = math.log(2), math.log(8), 1.0
+    i, p = data_targets(rows, words, idf, 4, 1.0)
+    assert i.tolist() == [[13, 1, -1, -1], [-1] * 4, [20, -1, -1, -1]]
+    # two dogs of idf ln 2 against one cat of idf ln 8 = 3 ln 2: weights 2 and 3
+    np.testing.assert_allclose(p, [[0.6, 0.4, 0, 0], [0] * 4, [1, 0, 0, 0]], rtol=1e-6)
+    i, p = data_targets(rows, words, idf, 4, 0.5)                    # (3/2)^2 = 9/4
+    np.testing.assert_allclose(p[0], [9 / 13, 4 / 13, 0, 0], rtol=1e-6)
+    i, p = data_targets(rows, words, idf, 1, 1.0)                    # K = 1 keeps the heavier and all of the mass
+    assert i.tolist() == [[13], [-1], [20]] and p[0, 0] == 1
+
+
+def corpus_of(rows, df, tmp_path):
+    start = np.concatenate([[0], np.cumsum([len(r) for r in rows])])
+    return Tokens(np.concatenate(rows).astype(np.uint32), start, np.array(df), "hash", tmp_path)
+
+
+def test_constant_is_the_loss_of_the_best_constant_prediction(tmp_path, monkeypatch):
+    monkeypatch.setenv("T2T_CACHE", str(tmp_path))
+    words = read_vocabulary(FakeTokenizer(TOKENS, "\u0120"), 23)
+    df = np.zeros(23, int)
+    df[[1, 13, 20]] = 2, 1, 1
+    rows = [np.array([1, 13]), np.array([1]), np.array([20]), np.array([5])]
+    q = build_targets(Config(top_k=3), corpus_of(rows, df, tmp_path), words, None, None)
+    i, p = torch.from_numpy(q.indices[:]).long(), torch.from_numpy(q.probs[:]).double()
+    dense = torch.zeros(4, 24, dtype=torch.float64).scatter_add_(1, i.where(i >= 0, 23), p)[:3, :23]
+    z = torch.zeros(23, dtype=torch.float64, requires_grad=True)     # minimise over constant logits: the oracle
+    optimizer = torch.optim.LBFGS([z], max_iter=500, tolerance_grad=1e-12, line_search_fn="strong_wolfe")
+
+    def loss():
+        optimizer.zero_grad()
+        value = t2t.vocab_kl(z.expand(4, -1), i, p)
+        value.backward()
+        return value
+    optimizer.step(loss)
+    assert_close(q.constant, loss().item(), rtol=1e-4, atol=1e-4)
+    m = dense.mean(0)
+    assert_close(q.constant, (torch.special.xlogy(dense, dense).sum(1).mean() - torch.special.xlogy(m, m).sum()).item())
+
+
+def test_targets_from_a_real_tokenizer(tok, texts_file, backbone):
+    config = Config(backbone=str(backbone), corpus=str(texts_file), top_k=16)
+    words = read_vocabulary(tok, len(tok))
+    find = lambda *x: find_words(words, *x)
+    tokens = t2t.read_tokens(config.corpus, tok, 128, len(tok), find, words.hash)
+    q = build_targets(config, tokens, words, None, tok)
+    assert len(q.indices) == 400
+    sums = q.probs.sum(1)
+    np.testing.assert_allclose(sums, np.ones(400), rtol=1e-5)        # every sentence has an animal
+    text = tok.decode(tokens.ids[tokens.start[7]:tokens.start[8]].tolist())
+    assert {words.text[v] for v in q.indices[7] if v >= 0} <= set(text.lower().replace(",", " ").replace(".", " ").split())
+    again = build_targets(config, tokens, words, None, tok)          # from disk
+    np.testing.assert_array_equal(q.indices, again.indices)
+
+
+def test_truncation_is_what_the_model_sees(tok, texts_file):
+    words = read_vocabulary(tok, len(tok))
+    find = lambda *x: find_words(words, *x)
+    tokens = t2t.read_tokens(str(texts_file), tok, 4, len(tok), find, words.hash)
+    assert np.diff(tokens.start).max() == 4
+    q = build_targets(Config(corpus=str(texts_file), max_length=4, top_k=8), tokens, words, None, tok)
+    for n in (0, 5, 9):
+        seen = set(words.canon[tokens.ids[tokens.start[n]:tokens.start[n + 1]]])
+        assert {v for v in q.indices[n] if v >= 0} <= seen
+
+
+@pytest.mark.parametrize("method", ["model", "both"])
+def test_model_targets_are_special_to_the_text(tok, texts_file, backbone, method, tmp_path, monkeypatch):
+    monkeypatch.setenv("T2T_CACHE", str(tmp_path))
+    config = Config(backbone=str(backbone), corpus=str(texts_file), top_k=8, method=method)
+    model, _ = t2t.load_backbone(str(backbone), "causal")
+    words = read_vocabulary(tok, len(tok))
+    tokens = t2t.read_tokens(config.corpus, tok, 128, len(tok), lambda *x: find_words(words, *x), words.hash)
+    q = build_targets(config, tokens, words, model, tok)
+    np.testing.assert_allclose(q.probs.sum(1), 1, rtol=1e-5)
+    assert (words.canon[q.indices[q.indices >= 0]] == q.indices[q.indices >= 0]).all()       # canonical words only
+    if method == "model":                                            # against the definition, for one text
+        log_p = lambda n: torch.log_softmax(model(input_ids=torch.tensor(
+            [tokens.ids[tokens.start[n]:tokens.start[n + 1]].astype(int)])).logits[0], -1).mean(0)
+        with torch.no_grad():
+            s = log_p(3) - torch.stack([log_p(n) for n in range(400)]).mean(0)
+        best = max((v for v in range(len(tok)) if words.canon[v] >= 0), key=lambda v: s[v].item())
+        top = q.indices[3][np.argmax(q.probs[3])]
+        assert top == words.canon[best]
+
+
+def test_no_text_with_a_target(tok, tmp_path):
+    (tmp_path / "a.txt").write_text("the and of\n1 2 3\n")
+    words = read_vocabulary(tok, len(tok))
+    tokens = t2t.read_tokens(str(tmp_path / "a.txt"), tok, 128, len(tok), lambda *x: find_words(words, *x), words.hash)
+    with pytest.raises(Error, match="no text has a single target token"):
+        build_targets(Config(top_k=4), tokens, words, None, tok)
+
+
+def test_top_k_above_the_vocabulary(tok, texts_file):
+    words = read_vocabulary(tok, len(tok))
+    tokens = t2t.read_tokens(str(texts_file), tok, 128, len(tok), lambda *x: find_words(words, *x), words.hash)
+    with pytest.raises(Error, match="--top-k: expected at most the size of the vocabulary, 500, got 501"):
+        build_targets(Config(top_k=501), tokens, words, None, tok)

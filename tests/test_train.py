@@ -1,0 +1,339 @@
+"""Training: it learns, resumes bit for bit, gives one checkpoint that every library reads alike, and ends kindly."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import family, sentences
+from torch.testing import assert_close
+
+import t2t
+from corpus import Error
+from t2t import Config, Embedder, batch_of, learning_rate, train
+
+ROOT = Path(t2t.__file__).parent
+
+
+def config(backbone, texts_file, out, **more):
+    return Config(**{**dict(backbone=str(backbone), corpus=str(texts_file), out=str(out), steps=6, batch_size=16, top_k=8,
+                            max_length=64, save_every=2, device="cpu"), **more})
+
+
+def weights(folder):
+    from safetensors.torch import load_file
+    return load_file(Path(folder) / "model.safetensors")
+
+
+def log(folder):
+    return [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+
+
+# -------------------------------------------------------------------------------------------------------- the order
+def test_every_text_once_an_epoch():
+    lengths = np.random.default_rng(0).integers(3, 99, 1000)
+    for epoch in (0, 3):
+        seen = np.concatenate([batch_of(epoch * 31 + i, 7, lengths, 32) for i in range(31)])
+        assert len(np.unique(seen)) == 31 * 32
+    assert not np.array_equal(batch_of(0, 7, lengths, 32), batch_of(31, 7, lengths, 32))        # epochs differ
+    assert not np.array_equal(batch_of(0, 7, lengths, 32), batch_of(0, 8, lengths, 32))         # seeds differ
+    np.testing.assert_array_equal(batch_of(40, 7, lengths, 32), batch_of(40, 7, lengths, 32))
+    grouped = np.mean([np.ptp(lengths[batch_of(i, 7, lengths, 32)]) for i in range(16)])
+    assert grouped < 0.2 * np.ptp(lengths)                                                      # like lengths together
+
+
+def test_learning_rate_by_hand():
+    assert [learning_rate(s, 100, 1.0) for s in (0, 4, 9)] == [0.1, 0.5, 1.0]
+    assert learning_rate(55, 100, 1.0) == pytest.approx(0.55) and learning_rate(100, 100, 1.0) == pytest.approx(0.1)
+
+
+# ------------------------------------------------------------------------------------------------------------ learning
+def test_it_learns_and_the_head_is_frozen(backbone, texts_file, tmp_path):
+    out = train(config(backbone, texts_file, tmp_path / "a", steps=60, lr=3e-3, token_loss=0.0))
+    facts = json.loads((Path(out) / "t2t.json").read_text())
+    assert facts["loss"] < facts["constant"] - 0.3                   # it reads its input: better than any constant
+    before, after = weights(backbone), weights(out)
+    assert_close(after["lm_head.weight"], before["model.embed_tokens.weight"], rtol=0, atol=0)
+    assert not torch.equal(after["model.embed_tokens.weight"], before["model.embed_tokens.weight"])
+    assert not torch.equal(after["model.layers.0.mlp.up_proj.weight"], before["model.layers.0.mlp.up_proj.weight"])
+    e, words = Embedder.load(out), "dog wolf".split()
+    for animal in words:                                             # and what it lights up is what the text says
+        lit = [t for t, _ in e.tokens([f"The {animal} sees the {animal} in the garden."], 5)[0]]
+        assert animal in lit, lit
+    lines = log(out)
+    assert [r["step"] for r in lines] == list(range(1, 61))
+    assert set(lines[0]) == {"step", "loss", "constant", "lr", "grad_norm", "texts_per_s"}
+
+
+def test_micro_batches_give_the_same_gradient(backbone, texts_file, tmp_path):
+    kinds = [dict(), dict(micro_batch=16), dict(micro_batch=5)]
+    runs = [train(config(backbone, texts_file, tmp_path / str(i), steps=1, token_loss=0.0, **k)) for i, k in enumerate(kinds)]
+    norms = [log(r)[0]["grad_norm"] for r in runs]
+    losses = [log(r)[0]["loss"] for r in runs]
+    np.testing.assert_allclose(norms, norms[0], rtol=1e-5)
+    np.testing.assert_allclose(losses, losses[0], rtol=1e-5)
+
+
+def test_adapters_are_merged(backbone, texts_file, tmp_path):
+    out = train(config(backbone, texts_file, tmp_path / "a", lora_rank=4, lr=1e-2))
+    before, after = weights(backbone), weights(out)
+    assert set(before) == set(after)                                 # no adapter is left, and the head is still tied
+    changed = {k for k in before if not torch.equal(before[k], after[k])}
+    assert changed == {k for k in before if "proj" in k}
+
+
+def test_own_targets_and_own_step(backbone, texts_file, tmp_path, tok):
+    dog = tok(" dog", add_special_tokens=False)["input_ids"][-1]
+    seen = []
+
+    def always_dog(rows):
+        return np.full((len(rows), 1), dog, np.int32), np.ones((len(rows), 1), np.float32)
+    out = train(config(backbone, texts_file, tmp_path / "a", steps=30, lr=3e-3, token_loss=0.0), targets=always_dog,
+                on_step=lambda step, e: seen.append((step, e.encode(["x"]).shape)))
+    assert seen == [(s, (1, 32)) for s in range(1, 31)]
+    assert [row[0][0] for row in Embedder.load(out).tokens(["The cat.", "The river."])] == ["dog", "dog"]
+
+
+def test_stages_and_none(backbone, texts_file, tmp_path):
+    none = train(config(backbone, texts_file, tmp_path / "none", method="none"))
+    first = train(config(backbone, texts_file, tmp_path / "first"))
+    second = train(config(backbone, texts_file, tmp_path / "second", init=first, steps=1, lr=1e-9))
+    for k, w in weights(none).items():
+        assert_close(w, weights(backbone)[k])
+    a, b = weights(first), weights(second)
+    for k in a:                                                      # the second stage starts where the first one ended
+        assert_close(a[k], b[k], rtol=1e-5, atol=1e-6)
+    assert (Path(none) / "sparse").exists()
+
+
+@pytest.mark.parametrize("settings", [dict(method="model"), dict(method="both"), dict(pooling="last"),
+                                      dict(attention="causal", pooling="last"), dict(dtype="bfloat16", steps=2)])
+def test_every_way_runs(backbone, texts_file, tmp_path, settings):
+    out = train(config(backbone, texts_file, tmp_path / "a", **{"steps": 3, **settings}))
+    assert all(np.isfinite(r["loss"]) for r in log(out))
+
+
+def test_more_batch_than_texts(backbone, tmp_path):
+    (tmp_path / "a.txt").write_text("\n".join(sentences(5)))
+    out = train(config(backbone, tmp_path / "a.txt", tmp_path / "out", batch_size=64))
+    assert json.loads((Path(out) / "t2t.json").read_text())["texts_seen"] == 6 * 5
+
+
+# ------------------------------------------------------------------------------------------------------------ resuming
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_resumed_equals_uninterrupted(backbone, texts_file, tmp_path, rank):
+    whole = train(config(backbone, texts_file, tmp_path / "whole", lora_rank=rank))
+
+    def crash(step, _):
+        if step == 5:
+            raise Stop                                               # after step 5, the state is that of step 4
+    with pytest.raises(Stop):
+        train(config(backbone, texts_file, tmp_path / "part", lora_rank=rank), on_step=crash)
+    assert sorted(f.name for f in (tmp_path / "part").iterdir()) == ["log.jsonl", "state"]
+    part = train(config(backbone, texts_file, tmp_path / "part", lora_rank=rank, resume=True))
+    assert_close(weights(part), weights(whole), rtol=0, atol=0)
+    for a, b in zip(log(part), log(whole), strict=True):
+        assert {k: a[k] for k in a if k != "texts_per_s"} == {k: b[k] for k in b if k != "texts_per_s"}
+    assert not (Path(part) / "state").exists()
+
+
+def cli(*args, **more):
+    env = {**os.environ, "OMP_NUM_THREADS": "2"}
+    return subprocess.Popen([sys.executable, "t2t.py", *map(str, args)], cwd=ROOT, env=env, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True, **more)
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_ctrl_c_and_kill_leave_a_state(backbone, texts_file, tmp_path, how):
+    out = tmp_path / "out"
+    args = ["--backbone", backbone, "--corpus", texts_file, "--out", out, "--batch-size", 16, "--top-k", 8, "--steps", 4000,
+            "--save-every", 2, "--device", "cpu"]
+    run = cli(*args)
+    for _ in range(600):
+        if (out / "state" / "last.pt").exists() and len((out / "log.jsonl").read_text().splitlines()) > 5:
+            break
+        time.sleep(0.1)
+    run.send_signal(how)
+    _, err = run.communicate(timeout=60)
+    assert run.returncode == (130 if how == signal.SIGINT else -how)
+    if how == signal.SIGINT:
+        assert "--resume goes on" in err and "Traceback" not in err
+    state = torch.load(out / "state" / "last.pt", weights_only=True)
+    lines = log(out)
+    assert state["position"]["step"] == (lines[-1]["step"] if how == signal.SIGINT else lines[-1]["step"] // 2 * 2)
+    again = cli(*args)                                               # without --resume: refused, nothing is lost
+    _, err = again.communicate(timeout=60)
+    assert again.returncode == 2 and "add --resume" in err and len(err.splitlines()) == 1
+
+
+def test_resume_with_changed_arguments(backbone, texts_file, tmp_path):
+    def crash(step, _):
+        raise Stop
+    with pytest.raises(Stop):
+        train(config(backbone, texts_file, tmp_path / "a", save_every=1), on_step=crash)
+    with pytest.raises(Error, match="found none"):
+        train(config(backbone, texts_file, tmp_path / "b", resume=True))
+    with pytest.raises(Stop):                                        # crash() comes before the first save: step 2 has one
+        train(config(backbone, texts_file, tmp_path / "c", save_every=1), on_step=lambda s, _: s == 2 and crash(s, _))
+    with pytest.raises(Error, match=r"--lr 0.5 \(was 0.0\), --seed 7 \(was 42\)"):
+        train(config(backbone, texts_file, tmp_path / "c", resume=True, lr=0.5, seed=7))
+
+
+# ------------------------------------------------------------------------------------------------------ the checkpoint
+@pytest.fixture(scope="module")
+def checkpoint(backbone, texts_file, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ckpt")
+    os.environ["T2T_CACHE"] = str(folder / "cache")
+    return Path(train(config(backbone, texts_file, folder / "ckpt", steps=40, lr=3e-3)))
+
+
+def relative(a, b):
+    return np.abs(a - b).max(1) / np.abs(b).max(1)
+
+
+def test_one_vector_everywhere(checkpoint):
+    from sentence_transformers import SentenceTransformer
+    texts = sentences(20) + ["dog", "A much longer text. " + " ".join(sentences(20))]
+    a = Embedder.load(checkpoint).encode(texts, batch_size=1)
+    assert relative(Embedder.load(checkpoint).encode(texts, batch_size=64), a).max() < 1e-5
+    st = SentenceTransformer(str(checkpoint), device="cpu")
+    assert st.max_seq_length == 64
+    for side in ("right", "left"):
+        st.tokenizer.padding_side = side
+        assert relative(st.encode(texts), a).max() < 1e-5
+    import eval as evaluation
+    assert relative(evaluation.load(str(checkpoint), "cpu").encode(texts), a).max() < 1e-5
+
+
+def test_one_file_of_weights(checkpoint, backbone):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    model, info = AutoModelForCausalLM.from_pretrained(checkpoint, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and model.dtype == torch.float32
+    assert model.config.is_causal is False and AutoTokenizer.from_pretrained(checkpoint).padding_side == "right"
+    assert os.path.samefile(checkpoint / "model.safetensors", checkpoint / "sparse" / "model.safetensors")
+    assert_close(model.get_output_embeddings().weight, weights(backbone)["model.embed_tokens.weight"], rtol=0, atol=0)
+
+
+def test_sparse_encoder_reads_the_head(checkpoint):
+    from sentence_transformers import SparseEncoder
+    text = "The wolf follows the goat in the desert."
+    sparse = SparseEncoder(str(checkpoint / "sparse"), device="cpu")
+    z = sparse.encode([text]).to_dense()[0].cpu()
+    assert (z > 0).sum() <= 8                                        # top_k of the run
+    W = weights(checkpoint)["lm_head.weight"]
+    logits = (W - W.mean(0)) @ torch.from_numpy(Embedder.load(checkpoint).encode([text])[0])
+    top = logits.topk(8)
+    want = torch.zeros_like(z).scatter_(0, top.indices, top.values.clamp_min(0))
+    assert_close(z, want, rtol=1e-4, atol=1e-4)
+    words = {t.strip("\u0120").lower() for t, _ in sparse.decode(sparse.encode([text]), top_k=4)[0]}
+    assert words & {"wolf", "goat", "desert", "follows"}
+
+
+def test_what_is_written_down(checkpoint):
+    facts = json.loads((checkpoint / "t2t.json").read_text())
+    assert facts["config"]["seed"] == 42 and facts["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert facts["corpus_hash"] and facts["loss"] and facts["constant"] and facts["texts"] == 400
+    assert 0 <= facts["padding"] < 0.5 and "--lr 0.003" in facts["command"]
+
+
+# ---------------------------------------------------------------------------------------------------------- bad input
+@pytest.mark.parametrize("args, says", [
+    (["--method", "magic"], "invalid choice"), (["--steps", "0"], "--steps: expected 1 or more, got 0"),
+    (["--batch-size", "-3"], "--batch-size: expected 1 or more"), (["--lr", "nan"], "--lr: expected 0 or more, got nan"),
+    (["--temperature", "0"], "--temperature: expected"), (["--stesp", "3"], "unrecognized arguments"),
+    (["--method", "simcse"], "not built yet"), (["--impl", "ext"], "not built yet")])
+def test_bad_arguments_end_at_once(args, says):
+    t0 = time.time()
+    run = cli(*args)
+    _, err = run.communicate(timeout=20)
+    assert run.returncode == 2 and says in err and "Traceback" not in err
+    assert time.time() - t0 < 2
+
+
+def test_help_is_quick():
+    t0 = time.time()
+    out, _ = cli("--help").communicate(timeout=20)
+    assert time.time() - t0 < 2
+    for name in Config.__dataclass_fields__:
+        assert "--" + name.replace("_", "-") in out
+
+
+def fails(capsys, **more):
+    """One line on stderr, status 2; returns the line."""
+    with pytest.raises(SystemExit) as e:
+        t2t.main(t2t.check(Config(**more)))
+    err = [line for line in capsys.readouterr().err.splitlines() if line.startswith("t2t.py:")]
+    assert e.value.code == 2 and len(err) == 1
+    return err[0]
+
+
+def test_bad_input_ends_in_one_line(backbone, texts_file, tmp_path, capsys):
+    good = dict(backbone=str(backbone), out=str(tmp_path / "out"), steps=1, batch_size=4, top_k=4)
+    assert "does not exist" in fails(capsys, **good, corpus="nowhere.txt")
+    (tmp_path / "empty.txt").write_text("")
+    assert "expected at least one text" in fails(capsys, **good, corpus=str(tmp_path / "empty.txt"))
+    (tmp_path / "dull.txt").write_text("the of and\n")
+    assert "no text has a single target" in fails(capsys, **good, corpus=str(tmp_path / "dull.txt"))
+    good["corpus"] = str(texts_file)
+    assert "at most the size of the vocabulary, 500" in fails(capsys, **{**good, "top_k": 501})
+    assert "hub id needs the network" in fails(capsys, **{**good, "backbone": "nobody/nothing"})
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("mine")
+    assert "holds thesis.tex" in fails(capsys, **{**good, "out": str(tmp_path / "full")})
+    assert "is a file" in fails(capsys, **{**good, "out": str(texts_file)})
+    assert "expected a checkpoint made from" in fails(capsys, **good, init=str(other_vocabulary(tmp_path)))
+    assert not (tmp_path / "out" / "t2t.json").exists()
+    if os.getuid():                                                  # root may write anywhere
+        (tmp_path / "locked").mkdir(mode=0o500)
+        assert "Permission denied" in fails(capsys, **{**good, "out": str(tmp_path / "locked" / "out")})
+
+
+def other_vocabulary(tmp_path):
+    from transformers import AutoTokenizer  # noqa: F401
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+    family("llama", V=77).save_pretrained(tmp_path / "other")
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "b": 1}, "a")), unk_token="a",
+                            pad_token="a").save_pretrained(tmp_path / "other")
+    return tmp_path / "other"
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo") or not Path("/dev/full").exists(), reason="needs /dev/full, a disk that is full")
+def test_a_full_disk_ends_in_one_line(backbone, texts_file, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(t2t.disk, "save_state", lambda *a, **k: open("/dev/full", "w").write("x" * 100_000))
+    line = fails(capsys, backbone=str(backbone), corpus=str(texts_file), out=str(tmp_path / "o"), steps=1, top_k=4, batch_size=4)
+    assert "No space left" in line
+
+
+def test_out_of_memory_names_the_flag(backbone, texts_file, tmp_path, capsys, monkeypatch):
+    def no_memory(*a, **k):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+    monkeypatch.setattr(t2t, "linear_vocab_kl", no_memory)
+    assert "lower --micro-batch (now 4)" in fails(capsys, backbone=str(backbone), corpus=str(texts_file), out=str(tmp_path / "o"),
+                                                  batch_size=4, top_k=4)
+
+
+def test_a_finished_checkpoint_is_not_overwritten(checkpoint, backbone, texts_file):
+    with pytest.raises(Error, match="holds a finished checkpoint"):
+        train(config(backbone, texts_file, checkpoint))
+
+
+def test_nan_stops_at_once(backbone, texts_file, tmp_path):
+    with pytest.raises(Error, match=r"step \d: loss .*lower --lr \(now 1e\+30\)"):
+        train(config(backbone, texts_file, tmp_path / "a", lr=1e30))
+
+
+def test_show_targets_trains_nothing(backbone, texts_file, tmp_path, capsys):
+    assert train(config(backbone, texts_file, tmp_path / "a", show_targets=3)) is None
+    shown = capsys.readouterr().out
+    assert shown.count("The ") >= 3 and any(animal in shown for animal in ("dog ", "cat ", "horse "))
+    assert not (tmp_path / "a").exists()
