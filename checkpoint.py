@@ -1,11 +1,11 @@
-"""What a run leaves on disk: its state while it trains, and the finished checkpoint in the formats that others read.
+"""What a run leaves on disk: its state while it trains, then the checkpoint, in formats that others read.
 
     OUT/state/last.pt        while training: everything that the next step depends on
-    OUT/                     a SentenceTransformer folder whose weights are the whole causal language model, head included
-    OUT/sparse/              a SparseEncoder folder: the same weights (hard links) and the head, for sparse vectors
+    OUT/                     a SentenceTransformer folder; its weights are the whole causal model and head
+    OUT/sparse/              a SparseEncoder folder: the same weights (hard links), and the head
     OUT/t2t.json             every argument, version, hash and loss
 
-Files are written beside their place and renamed, so a kill at any moment leaves the old ones or the new ones, whole.
+Files are written beside their place and renamed: a kill at any moment leaves the old ones or the new, whole.
 """
 import dataclasses
 import json
@@ -18,9 +18,9 @@ import torch
 from corpus import Error
 
 
-# ------------------------------------------------------------------------------------------------------ the state of a run
+# ----------------------------------------------------------------------------------------- the state of a run
 def start_folder(out, resuming):
-    """Make OUT. Refuse where something else stands, and where the state of an interrupted run would be forgotten."""
+    """Make OUT. Refuse where something else stands, or where an interrupted run would be forgotten."""
     aside = out.with_name(out.name + ".old")
     if aside.exists() and not out.exists():                       # killed between the last two renames
         aside.rename(out)
@@ -29,14 +29,15 @@ def start_folder(out, resuming):
     inside = {f.name for f in out.iterdir()} if out.exists() else set()
     other = sorted(inside - {"state", "log.jsonl"})
     if "t2t.json" in inside:
-        raise Error(f"--out: expected a new folder, but {out} holds a finished checkpoint: remove it or pass another --out")
+        raise Error(f"--out: expected a new folder, but {out} holds a finished checkpoint: remove it, "
+                    "or pass another --out")
     if other:
         raise Error(f"--out: expected a new folder, but {out} holds {other[0]}: pass another --out")
     begun = (out / "state" / "last.pt").exists()
     if begun and not resuming:
         raise Error(f"--out: {out} holds an interrupted run: add --resume to go on with it, or remove it")
     if resuming and not begun:
-        raise Error(f"--resume: expected the state of an interrupted run in {out}, found none: leave --resume out")
+        raise Error(f"--resume: expected an interrupted run in {out}, found none: leave --resume out")
     (out / "state").mkdir(parents=True, exist_ok=True)
 
 
@@ -49,10 +50,12 @@ def save_state(out, config, model, optimizer, **position):
 
 
 def load_state(out, config, model, optimizer):
-    """Put the run back where save_state found it; returns the position. Error if an argument has changed since."""
-    state = torch.load(out / "state" / "last.pt", map_location=next(model.parameters()).device, weights_only=True)
-    changed = [f"--{k.replace('_', '-')} {v} (was {state['config'].get(k)})" for k, v in dataclasses.asdict(config).items()
-               if v != state["config"].get(k) and k not in ("resume", "save_every", "out")]
+    """Put the run back where save_state found it; returns its position. Error if an argument has changed."""
+    device = next(model.parameters()).device
+    state = torch.load(out / "state" / "last.pt", map_location=device, weights_only=True)
+    was, free = state["config"], ("resume", "save_every", "out")
+    changed = [f"--{k.replace('_', '-')} {v} (was {was.get(k)})"
+               for k, v in dataclasses.asdict(config).items() if v != was.get(k) and k not in free]
     if changed:
         raise Error(f"--resume: expected the arguments of the interrupted run, got {', '.join(changed)}")
     with torch.no_grad():
@@ -61,12 +64,13 @@ def load_state(out, config, model, optimizer):
                 p.copy_(state["weights"][name])
     optimizer.load_state_dict(state["optimizer"])
     torch.set_rng_state(state["rng"].cpu())
-    lines = (out / "log.jsonl").read_text().splitlines()[:state["position"]["step"]]      # later steps are taken again
+    lines = (out / "log.jsonl").read_text().splitlines()[:state["position"]["step"]]
+    # steps that came after the state are taken, and logged, again
     (out / "log.jsonl").write_text("".join(line + "\n" for line in lines))
     return state["position"]
 
 
-# ------------------------------------------------------------------------------------------------- the finished checkpoint
+# ------------------------------------------------------------------------------------ the finished checkpoint
 def save(out, model, tok, head, config, facts):
     """Write the whole checkpoint beside OUT, then put it in OUT's place."""
     new, aside = out.with_name(out.name + ".new"), out.with_name(out.name + ".old")
@@ -75,10 +79,10 @@ def save(out, model, tok, head, config, facts):
     new.mkdir(parents=True)
     model.float().save_pretrained(new)
     tok.save_pretrained(new)
-    weights = [f for f in new.iterdir() if f.is_file()]           # and config and tokenizer: all that sparse/ shares
+    shared = [f for f in new.iterdir() if f.is_file()]            # weights, config and tokenizer
     C = head.weight.shape[1]
     sentence_transformers_folder(new, config, C, "SentenceTransformer", similarity_fn_name="cosine")
-    sparse_folder(new / "sparse", weights, head, config, C)
+    sparse_folder(new / "sparse", shared, head, config, C)
     write_json(new / "t2t.json", facts)
     (new / "README.md").write_text(card(config, facts))
     if (out / "log.jsonl").exists():
@@ -89,34 +93,39 @@ def save(out, model, tok, head, config, facts):
 
 
 def sentence_transformers_folder(folder, config, C, model_type, extra=(), **settings):
-    """Transformer, Pooling and `extra` modules. The old module names are the ones that every version in use can read."""
+    """Transformer, Pooling and `extra` modules, under the old names, which every version in use can read."""
     names, paths = ["Transformer", "Pooling", *extra], ["", "1_Pooling", "2_Dense"]
-    write_json(folder / "modules.json", [{"idx": i, "name": str(i), "path": paths[i],
-                                          "type": f"sentence_transformers.models.{name}"} for i, name in enumerate(names)])
+    write_json(folder / "modules.json", [
+        {"idx": i, "name": str(i), "path": paths[i], "type": f"sentence_transformers.models.{name}"}
+        for i, name in enumerate(names)])
     write_json(folder / "config_sentence_transformers.json", {"model_type": model_type, **settings})
-    write_json(folder / "sentence_bert_config.json", {"max_seq_length": config.max_length, "do_lower_case": False})
+    write_json(folder / "sentence_bert_config.json",
+               {"max_seq_length": config.max_length, "do_lower_case": False})
     (folder / "1_Pooling").mkdir()
     write_json(folder / "1_Pooling" / "config.json", {
-        "word_embedding_dimension": C, "pooling_mode_cls_token": False, "pooling_mode_mean_tokens": config.pooling == "mean",
-        "pooling_mode_lasttoken": config.pooling == "last", "include_prompt": True})
+        "word_embedding_dimension": C, "include_prompt": True, "pooling_mode_cls_token": False,
+        "pooling_mode_mean_tokens": config.pooling == "mean",
+        "pooling_mode_lasttoken": config.pooling == "last"})
 
 
-def sparse_folder(folder, weights, head, config, C):
-    """max(0, centred logits), the K largest. softmax ignores a constant that is added to every logit of a text, ReLU does
-    not: so the head loses its mean row, and what remains is how far a token stands above the average token."""
+def sparse_folder(folder, shared, head, config, C):
+    """max(0, centred logits), the K largest. softmax ignores a constant added to every logit of a text, ReLU
+    does not: so the head loses its mean row, and what is left is how far a token stands above the average."""
     from safetensors.torch import save_file
     folder.mkdir()
-    for f in weights:
+    for f in shared:
         os.link(f, folder / f.name)
     sentence_transformers_folder(folder, config, C, "SparseEncoder", ["Dense"], similarity_fn_name="dot",
                                  max_active_dims=config.top_k)
     (folder / "2_Dense").mkdir()
-    write_json(folder / "2_Dense" / "config.json", {"in_features": C, "out_features": len(head.weight), "bias": head.bias is not None,
-                                                    "activation_function": "torch.nn.modules.activation.ReLU"})
+    write_json(folder / "2_Dense" / "config.json", {
+        "in_features": C, "out_features": len(head.weight), "bias": head.bias is not None,
+        "activation_function": "torch.nn.modules.activation.ReLU"})
     dense = {"linear.weight": head.weight - head.weight.mean(0)}
     if head.bias is not None:
         dense["linear.bias"] = head.bias - head.bias.mean()
-    save_file({k: v.detach().float().cpu().contiguous() for k, v in dense.items()}, folder / "2_Dense" / "model.safetensors")
+    dense = {k: v.detach().float().cpu().contiguous() for k, v in dense.items()}
+    save_file(dense, folder / "2_Dense" / "model.safetensors")
 
 
 def write_json(path, value):
@@ -125,8 +134,8 @@ def write_json(path, value):
 
 def card(config, facts):
     trained = "" if facts["loss"] is None else (
-        f" on {facts['texts_seen']:,} texts of `{Path(config.corpus).name}`, to a loss of {facts['loss']:.3f} nats "
-        f"(the best constant prediction: {facts['constant']:.3f})")
+        f" on {facts['texts_seen']:,} texts of `{Path(config.corpus).name}`, to a loss of "
+        f"{facts['loss']:.3f} nats (the best constant prediction: {facts['constant']:.3f})")
     return f"""---
 library_name: sentence-transformers
 pipeline_tag: sentence-similarity
@@ -142,5 +151,5 @@ from sentence_transformers import SentenceTransformer, SparseEncoder
 dense, sparse = SentenceTransformer("this folder"), SparseEncoder("this folder/sparse")
 ```
 
-The method is that of arXiv 2510.10224; what is a choice of this implementation is listed in t2t.json under "ours".
+The method is that of arXiv 2510.10224; choices of this implementation are listed in t2t.json under "ours".
 """

@@ -20,10 +20,26 @@ from pathlib import Path
 from typing import NamedTuple
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
-# OURS: packages whose documentation is mostly prose. All are pinned in requirements.txt, so that the corpus is the same on
-# every machine. mteb is left out on purpose: its documentation describes the tasks that the result is judged by.
-PACKAGES = ("accelerate", "datasets", "huggingface_hub", "matplotlib", "networkx", "numpy", "pandas", "peft", "PIL", "scipy",
-            "sentence_transformers", "sklearn", "sympy", "torch", "transformers")
+# OURS: packages whose documentation is mostly prose, pinned in requirements.txt: the corpus is the same
+# everywhere. mteb is left out on purpose: its documentation describes the tasks that judge the result.
+PACKAGES = ("accelerate", "datasets", "huggingface_hub", "matplotlib", "networkx", "numpy", "pandas", "peft",
+            "PIL", "scipy", "sentence_transformers", "sklearn", "sympy", "torch", "transformers")
+
+# OURS: words that carry grammar, not content. Everything subtler is left to idf, which knows the corpus.
+STOP = frozenset("""
+a about above after again against all almost also although always am among an and another any anyone
+anything are around as at be because been before being below between both but by can cannot could did do
+does doing done down during each either else enough etc even ever every everyone everything few for from
+further get gets got had has have having he hence her here hers herself him himself his how however i if
+in instead into is it its itself just least less like many may maybe me might mine more most much must my
+myself neither never no nobody none nor not nothing now of off often on once one only onto or other
+others otherwise our ours ourselves out over own per perhaps please quite rather really same shall she
+should since so some someone something sometimes soon still such than that the their theirs them
+themselves then there therefore these they this those though through thus to too toward towards under
+until up upon us use used uses using very via was we well were what whatever when whenever where whereas
+wherever whether which while who whoever whole whom whose why will with within without would yet you your
+yours yourself yourselves ve ll re don didn doesn isn wasn aren won couldn wouldn shouldn hasn haven hadn
+""".split())
 
 
 class Error(ValueError):
@@ -42,24 +58,24 @@ class Counts:
 
 
 def texts(source, counts=None):
-    """Yield the texts of SOURCE once each: whitespace runs become one space, case variants count as one text."""
+    """Yield the texts of SOURCE once each: whitespace becomes single spaces, case variants are one text."""
     counts = Counts() if counts is None else counts
     seen = set()                                     # 8 bytes a text, not the text
     for text in read(source):
         counts.read += 1
         text = " ".join(text.split())
-        key = int.from_bytes(hashlib.blake2b(text.casefold().encode("utf-8", "replace"), digest_size=8).digest(), "little")
+        digest = hashlib.blake2b(text.casefold().encode("utf-8", "replace"), digest_size=8).digest()
         if not text:
             counts.empty += 1
-        elif key in seen:
+        elif digest in seen:
             counts.duplicate += 1
         else:
-            seen.add(key)
+            seen.add(digest)
             yield text
 
 
 def fingerprint(source):
-    """What tells one corpus from another without reading it: names, sizes and times of files, versions of packages."""
+    """Tells corpora apart without reading them: names, sizes, times of files; versions of packages."""
     source = str(source)
     if source == "docstrings":
         from importlib.metadata import packages_distributions, version
@@ -68,8 +84,8 @@ def fingerprint(source):
     if source.startswith("hub:"):
         return source
     path = Path(source)
-    files = sorted(f for f in path.rglob("*") if f.name.endswith(SUFFIXES)) if path.is_dir() else [path] * path.exists()
-    return [(str(f.absolute()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    files = sorted(f for f in path.rglob("*") if f.name.endswith(SUFFIXES)) if path.is_dir() else [path]
+    return [(str(f.absolute()), f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.exists()]
 
 
 def read(source):
@@ -101,18 +117,21 @@ def read_file(path):
         try:
             for n, line in enumerate(lines, 1):
                 if b"\0" in line:
-                    raise Error(f"--corpus: expected text, but {path} line {n} has zero bytes: a binary or UTF-16 file?")
+                    raise Error(f"--corpus: expected text, but {path} line {n} has zero bytes: "
+                                "binary, or UTF-16?")
                 line = line.decode("utf-8-sig" if n == 1 else "utf-8")
                 if path.name.endswith(".txt"):
                     yield line
                 elif line.strip():
                     yield json.loads(line)["text"] + ""       # + "": a number or null is a TypeError
         except UnicodeDecodeError as e:
-            raise Error(f"--corpus: expected UTF-8, but {path} line {n} is not ({e.reason}): convert it first") from None
+            raise Error(f"--corpus: expected UTF-8, but {path} line {n} is not ({e.reason}): "
+                        "convert it") from None
         except json.JSONDecodeError as e:
-            raise Error(f"--corpus: expected a JSON object a line, but {path} line {n} is not one ({e.msg})") from None
+            raise Error(f"--corpus: expected JSON lines, but {path} line {n} is not one ({e.msg})") from None
         except (KeyError, TypeError):
-            raise Error(f'--corpus: expected {{"text": "..."}}, but {path} line {n} has no string called text') from None
+            raise Error(f'--corpus: expected {{"text": "..."}}, '
+                        f'but {path} line {n} has no such string') from None
         except (gzip.BadGzipFile, EOFError) as e:
             raise Error(f"--corpus: expected gzip, but {path} is damaged after line {n} ({e})") from None
 
@@ -124,10 +143,12 @@ def parquet(path):
         file = pyarrow.parquet.ParquetFile(path)
     except (pyarrow.ArrowInvalid, OSError) as e:
         raise Error(f"--corpus: expected parquet, but {path} is not ({str(e).splitlines()[0]})") from None
-    if "text" not in file.schema_arrow.names:
-        raise Error(f"--corpus: expected a column called text in {path}, found {', '.join(file.schema_arrow.names)}")
-    if not pyarrow.types.is_string(t := file.schema_arrow.field("text").type) and not pyarrow.types.is_large_string(t):
-        raise Error(f"--corpus: expected strings in the column text of {path}, found {t}")
+    names = file.schema_arrow.names
+    if "text" not in names:
+        raise Error(f"--corpus: expected a column called text in {path}, found {', '.join(names)}")
+    kind = file.schema_arrow.field("text").type
+    if not pyarrow.types.is_string(kind) and not pyarrow.types.is_large_string(kind):
+        raise Error(f"--corpus: expected strings in the column text of {path}, found {kind}")
     for batch in file.iter_batches(columns=["text"]):
         yield from (text or "" for text in batch.column(0).to_pylist())
 
@@ -136,26 +157,29 @@ def hub(name, column="text"):
     import datasets
     try:
         data = datasets.load_dataset(name, split="train", streaming=True)
-    except Exception as e:                           # offline, unknown, gated: datasets has a dozen types for it
+    except Exception as e:                           # offline, unknown, gated: datasets has many types for it
         raise Error(f"--corpus: expected a data set on the hub, but {name} can not be read here "
                     f"({str(e).splitlines()[0]}): check the name and the network, or pass a file") from None
     for row in data:
         if not isinstance(row.get(column), str):
-            raise Error(f"--corpus: expected a text column called {column} in {name}, found {', '.join(row)}: "
-                        f"pass hub:{name}:COLUMN")
+            raise Error(f"--corpus: expected text in a column called {column} of {name}, "
+                        f"found {', '.join(row)}: pass hub:{name}:COLUMN")
         yield row[column]
 
 
-# ------------------------------------------------------------------------------------------------------- docstrings
+# ------------------------------------------------------------------------------------------------- docstrings
 LITERAL = re.compile(r'(?<![\w\'"])[rRuU]?("""|\'\'\')(.*?)\1', re.S)
 MARKUP = [(re.compile(p, re.S), r) for p, r in (
     (r":[\w:]+:`[~!]?(?:[^`<]*?\.)?([^`<.]+?)(?:\s*<[^`]*>)?`", r"\1"),      # :class:`~a.b.C` -> C
-    (r"`([^`<]+?)\s*<[^`>]*>`_{0,2}", r"\1"), (r"\[([^\]]*)\]\([^)]*\)", r"\1"),  # `text <url>`_  [text](url) -> text
-    (r"\s?\[[\w# ]*\]_?", ""), (r"`{1,2}([^`]*)`{1,2}_?", r"\1"), (r"\*{1,2}([^*\s][^*]*)\*{1,2}", r"\1"))]
-CODE = re.compile(r">>>|\.\.\. |^\s*\.\. |::$|https?:|[{}\\=|<>@#$_~^]|\w\(|\w\.\w|--|\+\+|^\s*[-=~^]{3,}", re.M)
+    (r"`([^`<]+?)\s*<[^`>]*>`_{0,2}", r"\1"), (r"\[([^\]]*)\]\([^)]*\)", r"\1"),         # links -> their text
+    (r"\s?\[[\w# ]*\]_?", ""), (r"`{1,2}([^`]*)`{1,2}_?", r"\1"),
+    (r"\*{1,2}([^*\s][^*]*)\*{1,2}", r"\1"))]
+CODE = re.compile(r">>>|\.\.\. |^\s*\.\. |::$|https?:|[{}\\=|<>@#$_~^]|\w\(|\w\.\w|--|\+\+", re.M)
 OTHER = re.compile(r"[^A-Za-z ]")
-WORDS = re.compile(r"\b(?:the|a|an|of|to|is|are|in|for|and|or|that|this|be|with|by|it|as|on|if|when|not|which)\b", re.I)
-ITEM = re.compile(r"\s*(?:[-*+]|\d+[.)]|[\w*, ]{1,40}(?:\([^()]{1,80}\))?\s?:(?!:))\s+")      # "- ", "1. ", "name (type): "
+WORDS = re.compile(
+    r"\b(?:the|an?|of|to|is|are|in|for|and|or|that|this|be|with|by|it|as|on|if|when|not|which)\b", re.I)
+# "- ", "1. ", "x (int): "
+ITEM = re.compile(r"\s*(?:[-*+]|\d+[.)]|[\w*, ]{1,40}(?:\([^()]{1,80}\))?\s?:(?!:))\s+")
 
 
 def prose(doc):
@@ -163,7 +187,7 @@ def prose(doc):
     for block in re.split(r"\n\s*\n", doc):
         lines, paragraph = block.split("\n"), []
         for line in lines + [""]:
-            header = re.match(r"\s*[\w*, ]+ : ", line)                  # numpydoc's "x : array of shape ..." line
+            header = re.match(r"\s*[\w*, ]+ : ", line)                  # numpydoc's "x : array of floats"
             item = ITEM.match(line)
             if (not line.strip() or header or item) and paragraph:
                 yield from clean(" ".join(paragraph))
@@ -187,8 +211,8 @@ def clean(text):
 def docstrings(packages=PACKAGES):
     """Documentation strings of installed packages, found by parsing their source for triple-quoted literals.
 
-    A full parse (ast) of these packages takes minutes; the literals alone take seconds, and whatever of them is not
-    English prose is dropped by `clean`."""
+    A full parse (ast) of these packages takes minutes. The literals alone take seconds, and `clean` drops
+    whatever of them is not English prose."""
     for package in packages:
         spec = importlib.util.find_spec(package)
         if spec is None:
@@ -200,7 +224,7 @@ def docstrings(packages=PACKAGES):
                     yield from prose(literal[2])
 
 
-# ---------------------------------------------------------------------------------------------- texts -> tokens on disk
+# ------------------------------------------------------------------------------------ texts -> tokens on disk
 class Tokens(NamedTuple):
     """A tokenized corpus, memory-mapped: text n is ids[start[n]:start[n + 1]]."""
     ids: object         # (total,) uint32
@@ -211,12 +235,14 @@ class Tokens(NamedTuple):
 
 
 def tokenize(tok, texts, max_length):
-    """list of str -> list of id lists, truncated. The one place where text becomes ids, in training and in use."""
+    """list of str -> list of id lists, truncated. Only here text becomes ids, in training and in use."""
     return tok(texts, truncation=True, max_length=max_length, return_attention_mask=False)["input_ids"]
 
 
 def read_tokens(source, tok, max_length, V, find_words, vocabulary):
-    """Stream SOURCE through the tokenizer, once; later runs find it on disk. find_words(flat ids, lengths) -> (text, word)."""
+    """Stream SOURCE through the tokenizer, once; later runs find the result on disk.
+
+    find_words: function(ids (total,), lengths (n,)) -> (text number, word id) of every word, to count df."""
     import numpy as np
     from tqdm import tqdm
 
@@ -241,8 +267,8 @@ def read_tokens(source, tok, max_length, V, find_words, vocabulary):
         (folder / "hash").write_text(digest.hexdigest())
 
     folder = cached("tokens", key(fingerprint(source), vocabulary, max_length), write)
-    return Tokens(np.memmap(folder / "ids", np.uint32, "r"), np.load(folder / "start.npy"), np.load(folder / "df.npy"),
-                  (folder / "hash").read_text(), folder)
+    return Tokens(np.memmap(folder / "ids", np.uint32, "r"), np.load(folder / "start.npy"),
+                  np.load(folder / "df.npy"), (folder / "hash").read_text(), folder)
 
 
 def blocks(items, n):
@@ -262,9 +288,10 @@ def key(*parts):
 
 
 def cached(kind, name, write):
-    """The folder that write(folder) fills, made once. It is filled beside its place and renamed: never half-written."""
-    folder = Path(os.environ.get("T2T_CACHE", Path.home() / ".cache" / "text2token")) / f"{kind}-{name or os.getpid()}"
-    if name is None:                                                # not to be found again: an experiment's own
+    """The folder that write(folder) fills, made once, beside its place, then renamed: never half-written."""
+    root = Path(os.environ.get("T2T_CACHE", Path.home() / ".cache" / "text2token"))
+    folder = root / f"{kind}-{name or os.getpid()}"
+    if name is None:                                 # an experiment's own, not to be found again
         shutil.rmtree(folder, ignore_errors=True)
     if not folder.exists():
         beside = folder.with_name(f"{folder.name}.{os.getpid()}.new")

@@ -4,13 +4,11 @@
     python eval.py ckpt tiny --tasks STSBenchmark STS12   # two models on two tasks: minutes
     python eval.py ckpt --tasks STS12 --data-dir DIR      # no network: data in DIR/<hub dataset path>/
 
-CKPT is a sentence-transformers folder, a bare causal LM (read as it is: causal attention, mean over tokens)
-or a hub id; all is computed in float32. mteb files the scores in --out under a hash of what is in the folder,
-so a retrained checkpoint is never served old ones; after an interruption the same command goes on. The table
-is printed, and written to --out as table.md and table.json.
+CKPT is a sentence-transformers folder, a bare causal LM (read as it is: causal, mean over tokens) or a hub
+id; all in float32. Scores are filed in --out under a hash of what is in the folder: a retrained checkpoint
+never gets old ones, and after an interruption the same command goes on. --out also has the table.
 Exit status: 0 all scored, 2 a mistake in the call, 3 some task not scored, 130 interrupted.
 """
-# Only the standard library here: --help and wrong arguments answer at once; mteb and torch take seconds.
 import argparse
 import copy
 import difflib
@@ -21,47 +19,35 @@ import os
 import shlex
 import sys
 import time
-import warnings
-from fnmatch import fnmatch
 from importlib.metadata import version
 from pathlib import Path
+
+from corpus import Error  # no mteb or torch up here: --help and wrong arguments answer at once
 
 BENCHMARK = "MTEB(eng, v2)"
 BARE_LENGTH = 512  # tokens: usual for LM embedders on MTEB; a bare LM names no limit but its positions
 # What the vectors depend on: weights, configuration, tokenizer, modules, code; not README, t2t.json, logs.
-WEIGHTS = ("*.safetensors", "*.bin")
-READ = (*WEIGHTS, "*config*.json", "modules.json", "tokenizer*", "vocab*", "merges.txt", "added_tokens.json",
-        "special_tokens_map.json", "*.index.json", "*.model", "*.jinja", "*.py")
+READ = ("*.safetensors", "*.bin", "*config*.json", "modules.json", "tokenizer*", "vocab*", "merges.txt",
+        "added_tokens.json", "special_tokens_map.json", "*.index.json", "*.model", "*.jinja", "*.py")
+brief = lambda error: f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:200]}"
 
-
-class UserError(Exception):
-    """A mistake in the call, in one line: what was expected, what came, what to do."""
-
-
-def brief(error):
-    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:200]}"
-
-
-# ------------------------------------------------------------------------------------------ 1. checkpoints
+# --------------------------------------------------------------------------------------------- 1. checkpoints
 def find(path):
     """The folder of a checkpoint (a hub id is fetched); refuses at once what cannot be a model."""
     folder = Path(path)
     try:
         if not folder.exists() and path.count("/") == 1 and path[0] not in "./~":
             from huggingface_hub import snapshot_download
-            # Without *.bin, which would fetch the weights of most models twice.
-            folder = Path(snapshot_download(path, allow_patterns=list(set(READ) - {"*.bin"}),
-                                            ignore_patterns=["onnx/*", "openvino/*"]))
-        names = [file.name for file in model_files(folder)]
-        problem = ("without config.json" if not {"modules.json", "config.json"} & {*names} else
-                   "without weights" if not any(fnmatch(n, w) for n in names for w in WEIGHTS) else None)
+            again = ["*.bin", "onnx/*", "openvino/*"]  # most models have their weights in safetensors too
+            folder = Path(snapshot_download(path, allow_patterns=list(READ), ignore_patterns=again))
+        files = model_files(folder)
+        problem = ("without config.json" if not {"modules.json", "config.json"} & {f.name for f in files} else
+                   "without weights" if not {".safetensors", ".bin"} & {f.suffix for f in files} else None)
     except Exception as error:  # no such folder or hub id, no network, a broken modules.json
         problem = f"which cannot be read ({brief(error)})"
     if problem:
-        raise UserError(f"expected the folder of a sentence-transformers model or causal LM, got {path}, "
-                        f"{problem}; train one with t2t.py, or copy all of it")
+        raise Error(f"expected the folder of a model, got {path}, {problem}; train one, or copy all of it")
     return folder
-
 
 def model_files(folder):
     """The files that decide the vectors: at the top, and everywhere in the folders of its modules."""
@@ -69,8 +55,7 @@ def model_files(folder):
     paths = [m["path"] for m in json.loads(listing.read_text("utf-8"))] if listing.is_file() else []
     files = set(folder.iterdir()).union(*((folder / path).rglob("*") for path in paths if path))
     return sorted(f for f in files if f.is_file() and f.name != "generation_config.json"
-                  and any(fnmatch(f.name, pattern) for pattern in READ))
-
+                  and any(f.match(pattern) for pattern in READ))
 
 def digest(files, root, salt=""):
     """sha256 over names and contents, read in pieces: weights can be larger than memory."""
@@ -78,16 +63,13 @@ def digest(files, root, salt=""):
     for file in files:
         total.update(f"\0{file.relative_to(root).as_posix()}\0{file.stat().st_size}\0".encode())
         with open(file, "rb") as stream:
-            while piece := stream.read(1 << 20):
-                total.update(piece)
+            hashlib.file_digest(stream, lambda: total)
     return total.hexdigest()[:40]
-
 
 def revision(folder):
     """What scores are filed under: the contents, and how a bare LM is read, which none of its files says."""
     bare = not (folder / "modules.json").is_file()
     return digest(model_files(folder), folder, f"causal, mean, {BARE_LENGTH}" if bare else "")
-
 
 def load(path, device="auto"):
     """A SentenceTransformer in float32 from a checkpoint, a bare causal LM, or a hub id."""
@@ -97,46 +79,38 @@ def load(path, device="auto"):
     from sentence_transformers import SentenceTransformer
     transformers.utils.logging.disable_progress_bar()  # a bar a model, over in no time
     if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("expected a CUDA device for --device cuda, got none; use --device cpu")
+        raise Error("expected a CUDA device for --device cuda, got none; use --device cpu")
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     try:
         modules = None if (folder / "modules.json").is_file() else read_bare(folder, path)
         model = SentenceTransformer(None if modules else str(folder), modules=modules, device=device).float()
-    except UserError:
-        raise
     except Exception as error:  # truncated weights, a broken tokenizer, shapes that do not fit
-        raise UserError(f"expected a model that loads in {path}, got {brief(error)}; copy it again") from None
-    if not all(bool(torch.isfinite(weight).all()) for weight in model.parameters()):
-        raise UserError(f"expected finite weights in {path}, got NaN or infinity; use an earlier checkpoint")
+        refusal = Error(f"expected a model that loads in {path}, got {brief(error)}; copy it again")
+        raise error if isinstance(error, Error) else refusal from None
+    if not all(bool(weight.isfinite().all()) for weight in model.parameters()):
+        raise Error(f"expected finite weights in {path}, got NaN or infinity; use an earlier checkpoint")
     return model.eval()
-
 
 def read_bare(folder, path):
     """[Transformer, mean Pooling] of a causal LM without sentence-transformers files."""
-    from sentence_transformers.base.modules import Transformer
-    from sentence_transformers.sentence_transformer.modules import Pooling
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
     from transformers import AutoConfig, AutoModel
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     config = AutoConfig.from_pretrained(folder)
     kinds = config.architectures or ["no architecture"]
     if not set(kinds) & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()):
-        raise UserError(f"expected modules.json or a causal LM in {path}, got {kinds[0]}; "
-                        "save an encoder with sentence-transformers, which says how it is pooled")
+        raise Error(f"expected modules.json or a causal LM in {path}, got {kinds[0]}; add its modules.json")
     # transformers draws tensors that the file lacks at random and only warns: such scores mean nothing.
-    absent = AutoModel.from_pretrained(folder, output_loading_info=True)[1]["missing_keys"]
-    if absent:
-        raise UserError(f"expected all weights in {path}, got no {min(absent)}; copy all of the folder")
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None) or BARE_LENGTH
-    reader = Transformer(str(folder), max_seq_length=min(BARE_LENGTH, positions),
-                         config_kwargs={"is_causal": True})
-    tokenizer = reader.tokenizer
-    if tokenizer.pad_token is None:  # padding is masked out: which token stands there does not matter
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
-    tokenizer.padding_side = "right"  # on the left it would shift the positions of models that learned them
+    if absent := AutoModel.from_pretrained(folder, output_loading_info=True)[1]["missing_keys"]:
+        raise Error(f"expected all weights in {path}, got no {min(absent)}; copy all of the folder")
+    cap = getattr(config.get_text_config(), "max_position_embeddings", None) or BARE_LENGTH
+    reader = Transformer(str(folder), max_seq_length=min(cap, BARE_LENGTH), config_kwargs={"is_causal": True})
+    if reader.tokenizer.pad_token is None:  # padding is masked out: which token stands there does not matter
+        reader.tokenizer.pad_token = reader.tokenizer.eos_token or reader.tokenizer.convert_ids_to_tokens(0)
+    reader.tokenizer.padding_side = "right"  # on the left it would shift the positions that a model learned
     return [reader, Pooling(reader.get_embedding_dimension(), pooling_mode="mean")]
 
-
-# ------------------------------------------------------------------------------ 2. tasks and their data
+# ---------------------------------------------------------------------------------------- 2. tasks and scores
 def pick(names):
     """mteb's tasks, English only; the benchmark's own objects where it has them: it limits splits too."""
     import mteb
@@ -148,23 +122,18 @@ def pick(names):
             task = None
         if not task or "eng" not in task.languages or task.modalities != ["text"]:
             known = {t.metadata.name for t in mteb.get_tasks(languages=["eng"], exclude_superseded=False)}
-            near = difflib.get_close_matches(name, sorted(known - {name})) or ["STSBenchmark"]
-            raise UserError(f"expected the name of an MTEB task on English text, got {name}; "
-                            f"use one such as {', '.join(near)}")
-    picked = [chosen[name] for name in dict.fromkeys(names or list(chosen))]
+            near = ", ".join(difflib.get_close_matches(name, sorted(known - {name}))) or "STSBenchmark"
+            raise Error(f"expected an MTEB task on English text, got {name}; use one such as {near}")
+    picked = [chosen[name] for name in dict.fromkeys(names or chosen)]
     return [part for task in picked for part in (task.metadata.tasks if task.is_aggregate else [task])]
 
-
 def localize(task, data_dir):
-    """The task reading DIR/<hub path>/: on a copy, as mteb shares the metadata in the whole process."""
-    source, task = task.metadata.dataset, copy.copy(task)
-    folder = Path(data_dir, source["path"])
-    # Data is filed by its contents too: scores on these files never pass for scores on others.
-    local = f"local-{digest(sorted(f for f in folder.rglob('*') if f.is_file()), folder)}"
-    dataset = {**source, "path": str(folder.absolute()), "revision": local}
-    task.metadata = task.metadata.model_copy(update={"dataset": dataset})
-    return task
-
+    """The task on DIR/<hub path>/, filed by its contents; on a copy, as mteb shares metadata in a process."""
+    folder, local = Path(data_dir, task.metadata.dataset["path"]), copy.copy(task)
+    contents = digest(sorted(f for f in folder.rglob("*") if f.is_file()), folder)
+    source = {**task.metadata.dataset, "path": str(folder.absolute()), "revision": f"local-{contents}"}
+    local.metadata = task.metadata.model_copy(update={"dataset": source})
+    return local
 
 def check_results(out, tasks):
     """Refuse to mix with scores of another mteb or other data; drop a file that a crash cut short."""
@@ -177,11 +146,8 @@ def check_results(out, tasks):
             continue
         for key, want in (("mteb_version", version("mteb")), ("dataset_revision", expected.get(file.stem))):
             if want and found.get(key, want) != want:
-                raise UserError(f"expected results with {key} {want} in {out}, got {found[key]} for "
-                                f"{file.stem}; pick another --out")
+                raise Error(f"expected {key} {want} in {out}, got {found[key]} in {file.stem}; change --out")
 
-
-# ----------------------------------------------------------------------------------------- 3. evaluation
 def score(task, models, cache, data_dir, batch_size):
     """({label: TaskResult}, one line on why there are not more) of one task; its data is loaded once."""
     import datasets
@@ -192,15 +158,14 @@ def score(task, models, cache, data_dir, batch_size):
     if data_dir:  # datasets knows a local folder by its last name alone, and would serve the rows of another
         datasets.config.HF_DATASETS_CACHE = Path(rows, task.metadata.revision)
     try:  # whatever a data set's own loader or its rows raise: hours of other tasks are not lost for it
-        for label in (label for label in models if label not in found):
+        for label in [label for label in models if label not in found]:
             if data_dir and not Path(where).is_dir():
                 return found, f"no folder {os.path.relpath(where, data_dir)} in {data_dir}"
             task.load_data()  # nothing to do from the second model on
             doing = f"{label} not scored"
             options = {"batch_size": batch_size, "show_progress_bar": sys.stderr.isatty()}
-            found[label] = mteb.evaluate(
-                models[label], [task], cache=cache, overwrite_strategy="only-missing", co2_tracker=False,
-                encode_kwargs=options, show_progress_bar=False).task_results[0]
+            found[label] = mteb.evaluate(models[label], [task], cache=cache, encode_kwargs=options,
+                                         co2_tracker=False, show_progress_bar=False).task_results[0]
     except Exception as error:
         return found, f"{doing}: {brief(error)}"
     finally:
@@ -208,31 +173,28 @@ def score(task, models, cache, data_dir, batch_size):
         task.unload_data()
     return found, None
 
-
 def evaluate(paths, tasks=None, data_dir=None, out="results/mteb", batch_size=32, device="auto", command=""):
     """Score checkpoints on tasks (names; None: all of the benchmark); the table, also written to `out`."""
-    start, paths = time.time(), list(dict.fromkeys(paths))
     if data_dir:
         os.environ["HF_HUB_OFFLINE"] = "1"  # huggingface_hub reads it once, at its import
         if not Path(data_dir).is_dir():
-            raise UserError(f"expected a folder for --data-dir, got {data_dir}; check the path")
-    folders = [find(path) for path in paths]
+            raise Error(f"expected a folder for --data-dir, got {data_dir}; check the path")
+    start, folders = time.time(), {path: find(path) for path in paths}
     try:
         Path(out).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"expected a folder for --out, got {out} ({brief(error)}); pick another") from None
+        raise Error(f"expected a folder for --out, got {out} ({brief(error)}); pick another") from None
     import mteb
     import torch
-    from mteb.models import SentenceTransformerEncoderWrapper
     tasks = [localize(task, data_dir) if data_dir else task for task in pick(tasks)]
     check_results(out, tasks)
-    models, short = {}, [Path(os.path.abspath(path)).name for path in paths]
-    for path, folder, name in zip(paths, folders, short):
+    models, names = {}, [Path(os.path.abspath(path)).name for path in folders]
+    for name, (path, folder) in zip(names, folders.items()):
         # mteb calls every local folder alike and would serve one the scores of another: we name them.
-        wrapped = SentenceTransformerEncoderWrapper(load(path, device))
         filed = {"name": f"local/{name}" if Path(path).exists() else path, "revision": revision(folder)}
-        wrapped.mteb_model_meta = wrapped.mteb_model_meta.model_copy(update=filed)
-        models[path if short.count(name) > 1 else name] = wrapped
+        model = mteb.models.SentenceTransformerEncoderWrapper(load(path, device))
+        model.mteb_model_meta = model.mteb_model_meta.model_copy(update=filed)
+        models[path if names.count(name) > 1 else name] = model
     cache, rows, missing = mteb.ResultCache(out), [], {}
     for number, task in enumerate(tasks, 1):
         name, began = task.metadata.name, time.time()
@@ -243,11 +205,10 @@ def evaluate(paths, tasks=None, data_dir=None, out="results/mteb", batch_size=32
                      "seconds": {label: round(found[label].evaluation_time or 0, 1) for label in found}})
         print(f"[{number}/{len(tasks)}] {name}:", *(f"{s:.2f}" for s in rows[-1]["scores"].values()),
               f"({reason or f'{time.time() - began:.1f} s'})", file=sys.stderr, flush=True)
-    packages = ("mteb", "torch", "transformers", "sentence-transformers")
     table = {"command": command, "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
              "seconds": round(time.time() - start, 1), "threads": torch.get_num_threads(),
-             "batch_size": batch_size, "device": str(wrapped.model.device),
-             "versions": {package: version(package) for package in packages},
+             "batch_size": batch_size, "device": str(model.model.device),
+             "versions": {p: version(p) for p in ("mteb", "torch", "transformers", "sentence-transformers")},
              "revisions": {label: model.mteb_model_meta.revision for label, model in models.items()},
              "tasks": rows, **means(rows, list(models)), "missing": missing}
     for name, text in (("table.json", json.dumps(table, indent=1) + "\n"), ("table.md", render(table))):
@@ -255,30 +216,25 @@ def evaluate(paths, tasks=None, data_dir=None, out="results/mteb", batch_size=32
         os.replace(Path(out, name + ".partial"), Path(out, name))
     return table
 
-
-# ------------------------------------------------------------------------------------------ 4. the table
+# -------------------------------------------------------------------------- 3. the table and the command line
 def means(rows, labels):
     """Means per category, over tasks and over categories, of what every checkpoint has: like for like."""
+    mean = lambda scores: {k: sum(s[k] for s in scores) / len(scores) if scores else None for k in labels}
     shared = [row for row in rows if all(label in row["scores"] for label in labels)]
-
-    def mean(scores):
-        return {label: sum(s[label] for s in scores) / len(scores) if scores else None for label in labels}
     types = {kind: mean([row["scores"] for row in shared if row["type"] == kind])
              for kind in dict.fromkeys(row["type"] for row in shared)}
     return {"means_of": f"{len(shared)} of {len(rows)}", "types": types,
             "mean_task": mean([row["scores"] for row in shared]), "mean_type": mean(list(types.values()))}
 
-
 def render(table):
     """Markdown, padded so that it reads as well in a terminal."""
     labels = list(table["revisions"])
-    lines = [(row["type"], row["task"], row["metric"], row["scores"]) for row in table["tasks"]]
-    lines += [(kind, "**mean**", "", scores) for kind, scores in table["types"].items()]
-    lines += [("**all**", "**mean over tasks**", table["means_of"], table["mean_task"]),
-              ("**all**", "**mean over categories**", str(len(table["types"])), table["mean_type"])]
-    cells = [["category", "task", "metric", *labels]] + [
-        [*line, *("-" if scores.get(label) is None else f"{scores[label]:.2f}" for label in labels)]
-        for *line, scores in lines]
+    texts = lambda scores: ["-" if scores.get(k) is None else f"{scores[k]:.2f}" for k in labels]
+    cells = [["category", "task", "metric", *labels]]
+    cells += [[row["type"], row["task"], row["metric"], *texts(row["scores"])] for row in table["tasks"]]
+    cells += [[kind, "**mean**", "", *texts(scores)] for kind, scores in table["types"].items()]
+    cells += [["**all**", "**mean over tasks**", table["means_of"], *texts(table["mean_task"])],
+              ["**all**", "**mean over categories**", str(len(table["types"])), *texts(table["mean_type"])]]
     widths = [max(5, *map(len, column)) for column in zip(*cells)]
     cells.insert(1, ["-" * w if i < 3 else "-" * (w - 1) + ":" for i, w in enumerate(widths)])
     pads = [str.ljust] * 3 + [str.rjust] * len(labels)
@@ -289,10 +245,7 @@ def render(table):
              f"batch size {table['batch_size']}; {versions}; {table['date']}; `{table['command']}`"]
     return "\n".join(text) + "\n"
 
-
-# ------------------------------------------------------------------------------------- 5. command line
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else list(argv)
     parser = argparse.ArgumentParser("eval.py", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda line: parser.exit(2, f"eval.py: error: {line}\n")  # argparse would add its usage
@@ -305,21 +258,18 @@ def main(argv=None):
     args = parser.parse_args(argv)
     try:
         if args.batch_size < 1:
-            raise UserError(f"expected a positive number for --batch-size, got {args.batch_size}; try 32")
-        table = evaluate(**vars(args), command=shlex.join(["python", "eval.py", *argv]))
-    except UserError as error:
+            raise Error(f"expected a positive number for --batch-size, got {args.batch_size}; try 32")
+        table = evaluate(**vars(args), command=shlex.join(["python", "eval.py", *(argv or sys.argv[1:])]))
+    except Error as error:
         parser.error(error)
     except KeyboardInterrupt:
-        print(f"\neval.py: interrupted; scores so far are kept in {args.out}, the same command goes on",
-              file=sys.stderr)
+        print(f"\neval.py: interrupted; scores are kept in {args.out}, run it again", file=sys.stderr)
         return 130
     print(render(table), end="")
     return 3 if table["missing"] else 0
 
-
 if __name__ == "__main__":
-    # What tells a user nothing: notices about caches, load reports, a bar for every pass over the rows.
-    warnings.filterwarnings("ignore")
+    logging.captureWarnings(True)  # print errors alone: no notices, load reports, bars over rows
     logging.disable(logging.WARNING)
     os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
     sys.exit(main())

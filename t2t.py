@@ -1,21 +1,21 @@
-"""Text2Token: turn a language model into a text embedder, without labels, by teaching it which tokens a text is about.
+"""Text2Token: turn a language model into a text embedder by teaching it which tokens a text is about.
 
-    python t2t.py                                                 # tiny/ on documentation texts: minutes on a CPU
-    python t2t.py --backbone Qwen/Qwen3-0.6B --corpus my.jsonl    # your model, your texts
-    python t2t.py --show-targets 5                                # look at the targets, train nothing
+    python t2t.py                                               # tiny/ on documentation: minutes on a CPU
+    python t2t.py --backbone Qwen/Qwen3-0.6B --corpus my.jsonl  # your model, your texts, no labels
+    python t2t.py --show-targets 5                              # look at the targets, train nothing
 
-A language model turns a text into states, and its head turns states into tokens. Pool the states of a text into one
-vector h and send *that* through the head: an untrained model lights up `, . the and`. A good embedder lights up the
+A language model turns a text into states, and its head turns states into tokens. Pool the states of a text
+into one vector h and send *that* through the head: an untrained model lights up `, . the and`, a good one the
 tokens that the text is about. Text2Token makes the second out of the first:
 
     h = pool(f(x))                          f: the backbone without its head
     z = head(h)                             the backbone's own head, frozen
-    L = mean_b KL(q_b || softmax(z_b))      q_b: the few tokens, with weights, that text b should light up
+    L = mean_b KL(q_b || softmax(z_b))      q_b: the few tokens, weighted, that text b should light up
 
-    B texts   T tokens   C hidden width   V vocabulary   K sparse targets a text      (N rows, or texts of a corpus)
+    B texts   T tokens   C hidden width   V vocabulary   K sparse targets a text   (N: all rows, or all texts)
 
 The file reads in the order in which a text travels: 1 text, 2 targets, 3 embedder, 4 loss, 5 training, 6 use.
-PAPER: marks what the abstract of arXiv 2510.10224 states. OURS: marks a choice of this implementation; the paper's
+PAPER: marks what the abstract of arXiv 2510.10224 states. OURS: marks a choice made here; the paper's
 equations, hyper-parameters and code could not be read. corpus.py reads texts, checkpoint.py writes folders.
 """
 import argparse
@@ -34,17 +34,17 @@ from typing import NamedTuple
 from corpus import Error
 
 
-# ------------------------------------------------------------------------------------------------------- 0. settings
+# ------------------------------------------------------------------------------------------------ 0. settings
 def setting(default, doc, choices=None):
     return field(default=default, metadata={"doc": doc, "choices": choices})
 
 
 @dataclass(frozen=True)
 class Config:
-    """Every setting of a run. The command line is made from these fields, so a default stands in one place."""
+    """Every setting of a run. The command line is made from these fields: a default stands in one place."""
     backbone: str = setting("tiny", "folder or hub id of a causal language model")
-    method: str = setting("data", "where targets come from, or a baseline", "data model both none simcse mntp".split())
-    corpus: str = setting("docstrings", "docstrings, a .txt/.jsonl/.jsonl.gz/.parquet file, a folder, hub:NAME[:COLUMN]")
+    method: str = setting("data", "source of targets or baseline", "data model both none simcse mntp".split())
+    corpus: str = setting("docstrings", ".txt, .jsonl, .jsonl.gz, .parquet file, a folder, hub:NAME[:COLUMN]")
     out: str = setting("ckpt", "folder for the finished checkpoint")
     init: str = setting("", "start from this checkpoint's weights instead of the backbone's (a second stage)")
     pooling: str = setting("mean", "how the states of a text become one vector", ["mean", "last"])
@@ -57,10 +57,10 @@ class Config:
     steps: int = setting(150, "optimiser steps")
     lr: float = setting(0.0, "peak learning rate (0: 1e-3 for all weights, 2e-4 for adapters)")
     token_loss: float = setting(1.0, "weight of the loss at single tokens (0: none)")
-    lora_rank: int = setting(-1, "rank of LoRA adapters (0: all weights; -1: 0 below 100 M parameters, else 16)")
+    lora_rank: int = setting(-1, "of LoRA adapters (0: all weights; -1: 0 below 100 M parameters, else 16)")
     seed: int = setting(42, "of the order of texts and of every random number")
     device: str = setting("auto", "where to train", ["auto", "cpu", "cuda"])
-    dtype: str = setting("auto", "of the arithmetic (auto: bfloat16 on a GPU)", ["auto", "float32", "bfloat16"])
+    dtype: str = setting("auto", "of arithmetic (auto: bfloat16 on a GPU)", ["auto", "float32", "bfloat16"])
     impl: str = setting("auto", "of the loss", ["auto", "torch", "ext"])
     save_every: int = setting(50, "steps between the states from which --resume goes on")
     resume: bool = setting(False, "go on with the interrupted run in --out")
@@ -76,15 +76,15 @@ def parse(argv):
     parser = argparse.ArgumentParser(prog="t2t.py", description=__doc__.split("\n")[0], allow_abbrev=False)
     for f in dataclasses.fields(Config):
         doc, choices = f"{f.metadata['doc']} (default: {f.default!r})", f.metadata["choices"]
-        kind = {"action": "store_true"} if f.type is bool else {"type": f.type, "default": f.default, "choices": choices}
-        parser.add_argument(flag(f.name), help=doc, **kind)
+        value = {"type": f.type, "default": f.default, "choices": choices}
+        parser.add_argument(flag(f.name), help=doc, **({"action": "store_true"} if f.type is bool else value))
     return check(Config(**vars(parser.parse_args(argv))))
 
 
 def check(config):
     """config, or Error on a value that no run could use."""
-    least = dict(top_k=1, max_length=1, batch_size=1, steps=1, save_every=1, temperature=1e-6, micro_batch=0, lr=0,
-                 token_loss=0, lora_rank=-1, seed=0, show_targets=0)
+    least = dict(top_k=1, max_length=1, batch_size=1, steps=1, save_every=1, temperature=1e-6, micro_batch=0,
+                 lr=0, token_loss=0, lora_rank=-1, seed=0, show_targets=0)
     for f in dataclasses.fields(config):
         value, choices = getattr(config, f.name), f.metadata["choices"]
         if choices and value not in choices:
@@ -92,7 +92,7 @@ def check(config):
         if f.name in least and not least[f.name] <= value < math.inf:
             raise Error(f"{flag(f.name)}: expected {least[f.name]} or more, got {value}")
     if config.method in ("simcse", "mntp"):
-        raise Error(f"--method {config.method}: expected data, model, both or none: this baseline is not built yet")
+        raise Error(f"--method {config.method}: expected data, model, both or none: it is not built yet")
     if config.impl == "ext":
         raise Error("--impl ext: expected auto or torch: the compiled loss is not built yet")
     return config
@@ -117,34 +117,19 @@ from torch.utils.checkpoint import checkpoint  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import checkpoint as disk  # noqa: E402
-from corpus import blocks, cached, key, read_tokens, tokenize  # noqa: E402
+from corpus import STOP, blocks, cached, key, read_tokens, tokenize  # noqa: E402
 
 
-# ----------------------------------------------------------------------------------------------------------- 1. text
-# corpus.read_tokens streams the corpus once, through `tokenize` below, and leaves on disk, memory-mapped:
-#   ids (total,)   the tokens of all texts, one after the other, each text truncated to what the model will see
+# ---------------------------------------------------------------------------------------------------- 1. text
+# corpus.read_tokens streams the corpus once, through `tokenize`, and leaves on disk, memory-mapped:
+#   ids (total,)   the tokens of all texts, one after the other, each cut to what the model will see of it
 #   start (N+1,)   text n is ids[start[n]:start[n+1]]
 #   df (V,)        in how many texts each word stands
-#
 # What is a word? One table over the vocabulary answers, built from the vocabulary alone:
-
-# OURS: words that carry grammar, not content. Everything subtler is left to idf, which knows the corpus.
-STOP = frozenset("""a about above after again against all almost also although always am among an and another any
-anyone anything are around as at be because been before being below between both but by can cannot could did do does
-doing done down during each either else enough etc even ever every everyone everything few for from further get gets
-got had has have having he hence her here hers herself him himself his how however i if in instead into is it its
-itself just least less like many may maybe me might mine more most much must my myself neither never no nobody none
-nor not nothing now of off often on once one only onto or other others otherwise our ours ourselves out over own per
-perhaps please quite rather really same shall she should since so some someone something sometimes soon still such
-than that the their theirs them themselves then there therefore these they this those though through thus to too
-toward towards under until up upon us use used uses using very via was we well were what whatever when whenever where
-whereas wherever whether which while who whoever whole whom whose why will with within without would yet you your
-yours yourself yourselves ve ll re don didn doesn isn wasn aren won couldn wouldn shouldn hasn haven hadn""".split())
-
 
 class Words(NamedTuple):
     canon: np.ndarray       # (V,) int64  the one id for all case and space variants of a word; -1: not a word
-    glued: np.ndarray       # (V,) bool   begins with a letter and no space: goes on with a word, if one is open
+    glued: np.ndarray       # (V,) bool   begins with a letter, no space: goes on with a word, if one is open
     open: np.ndarray        # (V,) bool   ends in a letter
     text: list              # (V,) str    the token as people read it
     hash: str
@@ -153,21 +138,21 @@ class Words(NamedTuple):
 def read_vocabulary(tok, V):
     """PAPER: targets are meaningful tokens. OURS: which tokens those are.
 
-    canon[v] = -1 for specials, punctuation, numbers, stop words, single letters and pieces that only go on with a word;
-    otherwise the id of its form in lower case with a space in front (" paris" for "Paris"), or of the closest form
-    that the vocabulary has."""
+    canon[v] = -1 for specials, punctuation, numbers, stop words, single letters and pieces that only continue
+    a word; otherwise the id of its form in lower case with a space in front (" paris" for "Paris"), or of the
+    closest form that the vocabulary has."""
     canon, glued, opened, spaced = np.full(V, -1), *np.zeros((3, V), bool)
     text, forms = [""] * V, {}
-    raw = tok.convert_ids_to_tokens(list(range(min(V, len(tok)))))         # V may be padded beyond the tokenizer
+    raw = tok.convert_ids_to_tokens(list(range(min(V, len(tok)))))     # V may be padded beyond the tokenizer
     for v, token in enumerate(raw):
         if token is None or v in tok.all_special_ids or (token[0] == "<" and token[-1] == ">"):
             continue
         s = tok.convert_tokens_to_string([token])
-        s = " " + s.lstrip() if token[0] in "\u2581\u0120" else s          # sentencepiece decodes without its space
+        s = " " + s.lstrip() if token[0] in "\u2581\u0120" else s    # sentencepiece decodes without its space
         word = s.strip()
         if not word:
             continue
-        cased = word[0].lower() != word[0].upper()                         # scripts without case do not space words
+        cased = word[0].lower() != word[0].upper()                     # a script without case: words unspaced
         text[v], spaced[v], opened[v] = word, s[0].isspace(), s[-1].isalpha()
         glued[v] = cased and not spaced[v]
         if word.isalpha() and word.lower() not in STOP and (len(word) > 1 or not cased):
@@ -182,8 +167,8 @@ def read_vocabulary(tok, V):
 def find_words(words, flat, lengths):
     """ids of n texts, flat (total,), of `lengths` (n,) -> (text number, canonical id) of each word, in order.
 
-    OURS: a word that the tokenizer splits is credited through its first piece, " dys" for dyslexia; no credit at all cost
-    a prototype 6 points of STS. The other pieces get none: "able" in comfort|able is not the word able."""
+    OURS: a word that the tokenizer splits is credited through its first piece, " dys" for dyslexia; no credit
+    at all cost a prototype 6 points of STS. Later pieces get none: "able" in comfort|able is not able."""
     text = np.repeat(np.arange(len(lengths)), lengths)
     inside = np.zeros(len(flat), bool)
     inside[1:] = words.glued[flat[1:]] & words.open[flat[:-1]] & (text[1:] == text[:-1])
@@ -191,11 +176,11 @@ def find_words(words, flat, lengths):
     return text[keep], words.canon[flat[keep]]
 
 
-# -------------------------------------------------------------------------------------------------------- 2. targets
+# ------------------------------------------------------------------------------------------------- 2. targets
 class Targets(NamedTuple):
     indices: np.ndarray     # (N,K) int32    -1 is padding
     probs: np.ndarray       # (N,K) float32  sums to 1 over K, or to 0 for a text without words
-    constant: float         # mean_b KL(q_b || mean of all q): the loss of the best constant prediction, the honest zero
+    constant: float         # mean_b KL(q_b || mean of all q), the best constant prediction: the honest zero
 
 
 def build_targets(config, tokens, words, model, tok, rows_of=None):
@@ -203,7 +188,8 @@ def build_targets(config, tokens, words, model, tok, rows_of=None):
     N, V, K = len(tokens.start) - 1, len(words.canon), config.top_k
     if K > V:
         raise Error(f"--top-k: expected at most the size of the vocabulary, {V}, got {K}")
-    name = key(str(tokens.folder), config.method, K, config.temperature, config.method != "data" and model_key(config))
+    name = key(str(tokens.folder), config.method, K, config.temperature,
+               config.method != "data" and file_key(config))
     if rows_of is None:
         # OURS: `both` is an even mixture, K/2 tokens from each side; a token on both sides has both weights.
         k = K if config.method != "both" else max(1, K // 2)
@@ -233,14 +219,14 @@ def build_targets(config, tokens, words, model, tok, rows_of=None):
             bar.update(len(block))
         bar.close()
         if not valid:
-            raise Error("--corpus: expected words to learn from, but no text has a single target token: is it text, "
-                        "and in a language that the tokenizer knows?")
+            raise Error("--corpus: expected words to learn from, but no text has a single target token: "
+                        "is it text, in a language that the tokenizer knows?")
         mean /= valid
         # mean_b KL(q_b || m) = mean_b sum q_b log q_b - sum m log m
         np.save(folder / "constant.npy", plogp / valid - (mean * np.log(np.maximum(mean, 1e-30))).sum())
 
     folder = cached("targets", name, write)
-    return Targets(np.load(folder / "indices.npy", mmap_mode="r"), np.load(folder / "probs.npy", mmap_mode="r"),
+    return Targets(*(np.load(folder / f"{x}.npy", mmap_mode="r") for x in ("indices", "probs")),
                    float(np.load(folder / "constant.npy")))
 
 
@@ -255,7 +241,7 @@ def data_targets(rows, words, idf, K, temperature):
     pairs, tf = np.unique(text * V + word, return_counts=True)             # each word of each text once
     text, word = pairs // V, pairs % V
     weight = (tf * np.maximum(idf[word], 1e-3)) ** (1 / temperature)
-    order = np.lexsort((word, -weight, text))                              # by text, heaviest first, ties by id
+    order = np.lexsort((word, -weight, text))                          # by text, heaviest first, ties by id
     text, word, weight = text[order], word[order], weight[order]
     rank = np.arange(len(text)) - np.searchsorted(text, text)              # place within its text
     text, word, weight, rank = (x[rank < K] for x in (text, word, weight, rank))
@@ -269,13 +255,13 @@ PROMPT = ('This text: "', '" means in one word: "')                        # OUR
 
 
 def model_targets(config, tokens, words, model, tok, K, sample=2048):
-    """-> function(list of n id arrays) -> indices (n,K), probs (n,K): what the frozen, causal backbone itself expects.
+    """-> function(list of n id arrays) -> indices (n,K), probs (n,K): what the frozen causal backbone sees.
 
         s_b(v) = log p(v | b) - mean_b' log p(v | b'),      q_b = softmax of the K largest s_b / temperature
 
-    log p(v | b) is, for a large model, the next token after a one-word prompt; for a small one, which can not follow
-    a prompt, the mean over positions of log p(v | prefix). The second term is what is predicted for *every* text.
-    PAPER: "model-derived": tokens *beyond* the text. OURS: all of the above, the mean being over 2,048 texts."""
+    log p(v | b) is, for a large model, the next token after a one-word prompt; for a small one, which can not
+    follow a prompt, the mean over positions of log p(v | prefix). What is subtracted is predicted for *every*
+    text. PAPER: "model-derived": tokens *beyond* the text. OURS: the rest, and the mean over 2,048 texts."""
     large = sum(p.numel() for p in model.parameters()) > 1e9
     device, special = model.device, set(tok.all_special_ids)
     before, after = tok(PROMPT[0])["input_ids"], tok(PROMPT[1], add_special_tokens=False)["input_ids"]
@@ -284,54 +270,57 @@ def model_targets(config, tokens, words, model, tok, K, sample=2048):
     @torch.no_grad()
     def log_p(row):                                                        # (T,) ids -> (V,)
         ids = before + [i for i in row.tolist() if i not in special] + after if large else row.tolist()
-        z = model(input_ids=torch.tensor([ids], device=device), use_cache=False, logits_to_keep=int(large)).logits[0]
+        ids = torch.tensor([ids], device=device)
+        z = model(input_ids=ids, use_cache=False, logits_to_keep=int(large)).logits[0]            # (T or 1,V)
         return F.log_softmax(z.float(), -1).mean(0)
 
     some = order_of_texts(config.seed, 0, len(tokens.start) - 1)[:sample]
-    expected = sum(log_p(tokens.ids[tokens.start[n]:tokens.start[n + 1]]).double() for n in tqdm(some, "mean")) / len(some)
+    some = [tokens.ids[tokens.start[n]:tokens.start[n + 1]] for n in some]
+    expected = sum(log_p(row).double() for row in tqdm(some, "corpus mean")) / len(some)
 
     def rows_of(rows):
         s = torch.stack([log_p(row) for row in rows]) - expected.float()   # (n,V)
         s.masked_fill_(canon < 0, -torch.inf)
-        s = torch.full_like(s, -torch.inf).index_reduce_(1, canon.clamp_min(0), s, "amax")    # variants become one
+        s = torch.full_like(s, -torch.inf).index_reduce_(1, canon.clamp_min(0), s, "amax")  # variants are one
         s, i = s.topk(K, 1)
         q = F.softmax(s / config.temperature, 1).masked_fill(s == -torch.inf, 0)
         return i.int().masked_fill(s == -torch.inf, -1).cpu().numpy(), q.cpu().numpy()
     return rows_of
 
 
-def model_key(config):
+def file_key(config):
     files = sorted(Path(config.backbone).glob("*.safetensors"))
     return [config.backbone, config.seed] + [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
 
 
-# ------------------------------------------------------------------------------------------------------- 3. embedder
+# ------------------------------------------------------------------------------------------------ 3. embedder
 def load_backbone(name, attention, dtype=torch.float32):
-    """folder or hub id -> (causal language model, tokenizer), with the attention asked for, and proved to have it."""
+    """folder or hub id -> (causal language model, tokenizer), proved to have the attention asked for."""
     import transformers
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     if name == "tiny" and not Path(name).exists():
-        name = str(Path(__file__).parent / "tiny")                         # the embedded default, from any folder
+        name = str(Path(__file__).parent / "tiny")                     # the embedded default, from any folder
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    where = f"the folder {name}" if Path(name).exists() else f"{name} (no such folder; a hub id needs the network)"
+    where = f"folder {name}" if Path(name).exists() else f"{name} (no such folder; a hub id needs a network)"
     try:
         settings = AutoConfig.from_pretrained(name)
-        settings.is_causal = attention == "causal"                         # the documented switch, proved below
-        model, info = AutoModelForCausalLM.from_pretrained(name, config=settings, dtype=dtype, output_loading_info=True)
+        settings.is_causal = attention == "causal"                     # the documented switch, proved below
+        model, info = AutoModelForCausalLM.from_pretrained(name, config=settings, dtype=dtype,
+                                                           output_loading_info=True)
         tok = AutoTokenizer.from_pretrained(name, padding_side="right")
     except torch.OutOfMemoryError:
         raise
-    except Exception as e:                                                 # each library below has types of its own
+    except Exception as e:                                             # each library has types of its own
         why = " ".join(str(e).split())[:200]
-        raise Error(f"--backbone: expected a causal language model, but {where} can not be read: {why}") from None
+        raise Error(f"--backbone: expected a causal language model; {where} can not be read: {why}") from None
     rows, missing = len(model.get_input_embeddings().weight), sorted(info["missing_keys"])
     if missing:
         raise Error(f"--backbone: expected a whole causal language model, but {where} lacks {missing[0]} and "
                     f"{len(missing) - 1} other weights: an encoder, or a damaged download?")
     if len(tok) > rows:
-        raise Error(f"--backbone: expected a tokenizer that fits the model, but in {where} it has {len(tok)} entries "
-                    f"and the embedding {rows}")
+        raise Error(f"--backbone: expected a tokenizer that fits the model, but in {where} it has {len(tok)} "
+                    f"entries and the embedding {rows}")
     if tok.pad_token_id is None:
         tok.pad_token = tok.eos_token or tok.convert_ids_to_tokens(0)      # never attended to: any id will do
     prove_attention(model.eval(), attention)
@@ -342,18 +331,18 @@ def load_backbone(name, attention, dtype=torch.float32):
 def prove_attention(model, attention):
     """Change the last token: does the first state move? Asked of one text alone, and of one with padding.
 
-    Some architectures take the switch `is_causal = False` and stay causal; the embeddings are then silently poor."""
+    Some architectures take the switch `is_causal = False` and stay causal: poor embeddings, silently."""
     a, b = torch.tensor([[[5, 6, 7, 8]], [[5, 6, 7, 9]]], device=model.device)
     for pad in (0, 2):
         mask = F.pad(torch.ones_like(a), (0, pad))
         first = [states(model, F.pad(x, (0, pad)), mask)[0, 0].float() for x in (a, b)]
         sees = not torch.allclose(*first, rtol=1e-4, atol=1e-6)
         if sees and attention == "causal":
-            raise Error(f"--backbone: expected a decoder, but in {model.config.model_type} the first token sees the "
-                        "last one: an encoder, which has no next-token head to train with")
+            raise Error(f"--backbone: expected a decoder, but in {model.config.model_type} the first token "
+                        "sees the last one: an encoder, which has no next-token head to train with")
         if not sees and attention == "bidirectional":
-            raise Error(f"--attention bidirectional: expected a model that can, but {model.config.model_type} does not "
-                        "honour is_causal = False: pass --attention causal")
+            raise Error(f"--attention bidirectional: expected a model that can; {model.config.model_type} "
+                        "does not honour is_causal = False: pass --attention causal")
 
 
 def states(model, ids, mask):
@@ -366,7 +355,7 @@ def pool(x, mask, how):
     if how == "mean":
         m = mask[:, :, None].to(x.dtype)
         return (x * m).sum(1) / m.sum(1).clamp_min(1)
-    last = mask.shape[1] - 1 - mask.flip(1).argmax(1)                      # (B,) the last place that is no padding
+    last = mask.shape[1] - 1 - mask.flip(1).argmax(1)                 # (B,) the last place that is no padding
     return x[torch.arange(len(x), device=x.device), last]
 
 
@@ -390,7 +379,8 @@ def head(model):
     """The Head of a causal language model: head(model)(states) is what model(...).logits holds."""
     c, out = model.config, model.get_output_embeddings()
     scale = getattr(c, "logit_scale", None) or 1 / (getattr(c, "logits_scaling", None) or 1)
-    return Head(out.weight, getattr(out, "bias", None), float(scale), getattr(c, "final_logit_softcapping", None))
+    softcap = getattr(c, "final_logit_softcapping", None)
+    return Head(out.weight, getattr(out, "bias", None), float(scale), softcap)
 
 
 def pad(ids, pad_id, device="cpu"):
@@ -410,7 +400,7 @@ class Embedder:
 
     @classmethod
     def load(cls, folder, device="cpu"):
-        """A checkpoint of `train`. Any other causal model is read as it is: causal, mean pooling, 128 tokens."""
+        """A checkpoint of `train`; any other causal model is read as it is: causal, mean over 128 tokens."""
         path = Path(folder) / "t2t.json"
         made = json.loads(path.read_text())["config"] if path.exists() else {}
         model, tok = load_backbone(str(folder), made.get("attention", "causal"))
@@ -423,7 +413,7 @@ class Embedder:
             raise TypeError("encode: expected a list of texts, got one text: pass [text]")
         ids = tokenize(self.tok, list(texts), self.max_length)
         h = np.zeros((len(ids), head(self.model).weight.shape[1]), np.float32)
-        order = sorted((n for n in range(len(ids)) if ids[n]), key=lambda n: -len(ids[n]))    # like lengths together
+        order = sorted((n for n in range(len(ids)) if ids[n]), key=lambda n: -len(ids[n]))      # less padding
         for rows in blocks(order, batch_size):
             x, mask = pad([ids[n] for n in rows], self.tok.pad_token_id, self.model.device)
             h[rows] = pool(states(self.model, x, mask).float(), mask, self.pooling).cpu().numpy()
@@ -431,33 +421,34 @@ class Embedder:
 
     @torch.no_grad()
     def tokens(self, texts, k=10):
-        """list of str -> for each the k tokens that it lights up, [(token, probability)], variants of a word as one."""
+        """list of str -> for each the k tokens it lights up, [(token, probability)]; variants are one."""
         H = head(self.model)
         words = read_vocabulary(self.tok, len(H.weight))
         fold = torch.from_numpy(np.where(words.canon >= 0, words.canon, np.arange(len(words.canon))))
-        p = F.softmax(H(torch.from_numpy(self.encode(texts)).to(H.weight)).float().cpu(), -1)             # (N,V)
+        p = F.softmax(H(torch.from_numpy(self.encode(texts)).to(H.weight)).float().cpu(), -1)          # (N,V)
         p, i = torch.zeros_like(p).index_add_(1, fold, p).topk(k, 1)
-        return [[(words.text[v] or self.tok.decode([v]), w) for v, w in zip(*row)] for row in zip(i.tolist(), p.tolist())]
+        name = lambda v: words.text[v] or self.tok.decode([v])
+        return [[(name(v), w) for v, w in zip(*row)] for row in zip(i.tolist(), p.tolist())]
 
 
-# ----------------------------------------------------------------------------------------------------------- 4. loss
+# ---------------------------------------------------------------------------------------------------- 4. loss
 def vocab_kl(logits, indices, probs, reduction="mean", impl="auto", inplace=False, check=None):
     """KL divergence of sparse targets from softmax(logits), in nats:
 
         L_n = sum_k p_nk (log p_nk - log softmax(x_n)[i_nk])
 
-    logits (N,V), indices (N,K) int, probs (N,K) -> () for "mean" and "sum", (N,) for "none". Index -1 is padding;
-    duplicates add up; p need not sum to 1. A row without a target gives 0 and does not count in the mean.
-    `check`: validate the values of indices and probs (default: on CPU; a GPU would have to wait). `inplace` allows an
-    implementation to overwrite logits with their gradient; this one, the specification, never does."""
+    logits (N,V), indices (N,K) int, probs (N,K) -> () for "mean" and "sum", (N,) for "none". Index -1 is
+    padding; duplicates add up; p need not sum to 1. A row without a target gives 0 and is not in the mean.
+    `check` validates the values of indices and probs (default: on CPU; a GPU would have to wait). `inplace`
+    allows overwriting logits with their gradient; this implementation, the specification, never does."""
     check_targets("logits", logits, logits.shape[-1], indices, probs, reduction, impl, check)
     i, p = merge(indices, probs)
     x = logits if logits.dtype == torch.float64 else logits.float()
     p = p.to(x.dtype)
-    x = x - x.detach().amax(1, keepdim=True)                               # largest is 0: exp can not overflow, and
-    log_s = x.exp().sum(1, keepdim=True).log()                             # a large common offset costs no digits
-    log_q = x.gather(1, i.clamp_min(0)) - log_s                            # (N,K) log softmax at the targets
-    log_q = log_q.masked_fill(p == 0, 0)                                   # 0 log 0 = 0, where a logit is -inf too
+    x = x - x.detach().amax(1, keepdim=True)                           # largest is 0: no overflow, and a big
+    log_s = x.exp().sum(1, keepdim=True).log()                         # common offset costs no digits
+    log_q = x.gather(1, i.clamp_min(0)) - log_s                        # (N,K) log softmax at the targets
+    log_q = log_q.masked_fill(p == 0, 0)                               # 0 log 0 = 0, even if a logit is -inf
     return reduce((torch.special.xlogy(p, p) - p * log_q).sum(1), (p > 0).any(1), reduction)
 
 
@@ -465,17 +456,18 @@ def linear_vocab_kl(hidden, weight, indices, probs, bias=None, reduction="mean",
                     scale=1.0, softcap=None, chunk=1024):
     """vocab_kl(head(hidden), indices, probs) that never holds more than `chunk` rows of the logits.
 
-    hidden (N,C), weight (V,C), bias (V,), scale and softcap as in Head. The backward pass computes logits again."""
+    hidden (N,C), weight (V,C), bias (V,), scale and softcap as in Head. Backward computes logits again."""
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
-        raise ValueError(f"linear_vocab_kl: hidden and weight: expected (N,C) and (V,C), got {tuple(hidden.shape)} "
-                         f"and {tuple(weight.shape)}")
+        raise ValueError("linear_vocab_kl: hidden and weight: expected (N,C) and (V,C), got "
+                         f"{tuple(hidden.shape)} and {tuple(weight.shape)}")
     check_targets("hidden", hidden, len(weight), indices, probs, reduction, impl, check)
 
     def rows(h, i, p, W, b):
         return vocab_kl(cap(F.linear(h, W, b), scale, softcap), i, p, "none", impl, check=False)
 
     chunks = zip(hidden.split(chunk), indices.split(chunk), probs.split(chunk))
-    loss = torch.cat([checkpoint(rows, *x, weight, bias, use_reentrant=False, preserve_rng_state=False) for x in chunks])
+    loss = torch.cat([checkpoint(rows, *x, weight, bias, use_reentrant=False, preserve_rng_state=False)
+                      for x in chunks])
     return reduce(loss, ((indices >= 0) & (probs > 0)).any(1), reduction)
 
 
@@ -486,10 +478,10 @@ def reduce(loss, valid, reduction):
 
 
 def merge(indices, probs):
-    """(N,K), (N,K) -> the same targets, each index once a row with its p added up; freed places hold -1 and 0."""
+    """(N,K), (N,K) -> the same targets, each index once a row, its p added up; freed places hold -1 and 0."""
     i, order = indices.long().sort(1)
     p = probs.masked_fill(indices < 0, 0).gather(1, order)
-    place = F.pad(i[:, 1:] != i[:, :-1], (1, 0)).cumsum(1)                 # (N,K) number of distinct indices so far
+    place = F.pad(i[:, 1:] != i[:, :-1], (1, 0)).cumsum(1)             # (N,K) distinct indices before this
     return torch.full_like(i, -1).scatter_(1, place, i), torch.zeros_like(p).scatter_add_(1, place, p)
 
 
@@ -500,10 +492,12 @@ def check_targets(name, rows, V, indices, probs, reduction, impl, check):
             raise ValueError(f"vocab_kl: {what}: expected {expected}, got {got}")
     expect(reduction in ("mean", "sum", "none"), "reduction", "mean, sum or none", reduction)
     expect(impl in ("auto", "torch"), "impl", "auto or torch", impl)
-    expect(rows.ndim == 2 and rows.is_floating_point(), name, "a floating-point matrix", (tuple(rows.shape), rows.dtype))
-    expect(indices.ndim == 2 and len(indices) == len(rows), "indices", f"({len(rows)}, K)", tuple(indices.shape))
+    got = tuple(rows.shape), rows.dtype
+    expect(rows.ndim == 2 and rows.is_floating_point(), name, "a floating-point matrix", got)
+    shape = tuple(indices.shape)
+    expect(indices.ndim == 2 and len(indices) == len(rows), "indices", f"({len(rows)}, K)", shape)
     expect(indices.dtype in (torch.int32, torch.int64), "indices", "int32 or int64", indices.dtype)
-    expect(probs.shape == indices.shape, "probs", f"{tuple(indices.shape)}, as indices", tuple(probs.shape))
+    expect(probs.shape == indices.shape, "probs", f"{shape}, as indices", tuple(probs.shape))
     expect(probs.is_floating_point(), "probs", "a floating-point type", probs.dtype)
     expect(not probs.requires_grad, "probs", "constants", "requires_grad=True")
     if (rows.device.type == "cpu" if check is None else check) and indices.numel():
@@ -513,20 +507,20 @@ def check_targets(name, rows, V, indices, probs, reduction, impl, check):
         expect(not len(bad), "probs", "finite and not negative", bad[:1].tolist())
 
 
-# ------------------------------------------------------------------------------------------------------- 5. training
+# ------------------------------------------------------------------------------------------------ 5. training
 @functools.lru_cache(2)
 def order_of_texts(seed, epoch, N):
     return np.random.default_rng((seed, epoch)).permutation(N)
 
 
 def batch_of(step, seed, lengths, B, pooled=16):
-    """-> (B,) the texts of a step: a function of (seed, step) alone, so a resumed run can not come to another order.
+    """-> (B,) the texts of a step: a function of (seed, step) alone, so a resumed run keeps the order.
 
-    An epoch is a permutation; within each run of 16 batches, texts of like length go together to save padding."""
-    per = len(lengths) // B                                                # batches an epoch; the odd texts wait
+    An epoch is a permutation; within each run of 16 batches texts of like length go together, to pad less."""
+    per = len(lengths) // B                                            # batches an epoch; the odd texts wait
     epoch, i = divmod(step, per)
     first = i // pooled * pooled
-    n = min(pooled, per - first)                                           # batches in this run
+    n = min(pooled, per - first)                                       # batches in this run
     texts = order_of_texts(seed, epoch, len(lengths))[first * B:(first + n) * B]
     texts = texts[np.argsort(lengths[texts], kind="stable")].reshape(n, B)
     return texts[np.random.default_rng((seed, epoch, first)).permutation(n)[i - first]]
@@ -535,16 +529,18 @@ def batch_of(step, seed, lengths, B, pooled=16):
 def learning_rate(step, steps, peak):
     """OURS: linear warm-up over a tenth of the steps, then a cosine down to a tenth of the peak."""
     warm = max(1, steps // 10)
-    return peak * min((step + 1) / warm, 0.55 + 0.45 * math.cos(math.pi * max(0, step - warm) / max(1, steps - warm)))
+    cosine = 0.55 + 0.45 * math.cos(math.pi * max(0, step - warm) / max(1, steps - warm))
+    return peak * min((step + 1) / warm, cosine)
 
 
 def make_trainable(model, rank):
-    """Freeze the head, and choose what learns: everything else (rank 0), or LoRA adapters on every linear map."""
+    """Freeze the head, choose what learns: all other weights (rank 0), or LoRA on every linear map."""
     out = model.get_output_embeddings()
     if rank:
         import peft
-        model = peft.get_peft_model(model, peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
-    elif model.config.tie_word_embeddings:                                 # the embedding learns, the head must not
+        lora = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
+        model = peft.get_peft_model(model, lora)
+    elif model.config.tie_word_embeddings:                             # the embedding learns, the head not
         untied = torch.nn.Linear(*reversed(out.weight.shape), bias=False, device=out.weight.device)
         untied.weight.data.copy_(out.weight)
         model.config.tie_word_embeddings = False
@@ -555,94 +551,91 @@ def make_trainable(model, rank):
 
 
 def single_tokens(x, ids, mask, canon, H, a_text=4):
-    """The same loss where text and target are one token: x_t is to predict token t itself, some four places a text.
+    """The same loss where text and target are one token: x_t predicts token t, at some four places a text.
 
-    OURS: the mean of many states can fit a text's targets while each single state forgets its word; such embeddings
-    know the topic and lose the words. x (B,T,C), ids and mask (B,T), canon (V,) -> ()"""
-    at = ((canon[ids] >= 0) & (mask > 0)).nonzero()                        # (M,2) the places of words
+    OURS: the mean of many states can fit a text's targets while each single state forgets its word; such
+    embeddings know the topic and lose the words. x (B,T,C), ids and mask (B,T), canon (V,) -> ()"""
+    at = ((canon[ids] >= 0) & (mask > 0)).nonzero()                    # (M,2) the places of words
     b, t = at[::max(1, len(at) // (a_text * len(ids)))].unbind(1)
-    return linear_vocab_kl(x[b, t], H.weight, canon[ids[b, t]][:, None], torch.ones(len(b), 1, device=x.device), H.bias,
-                           scale=H.scale, softcap=H.softcap, check=False)
+    one = torch.ones(len(b), 1, device=x.device)
+    return linear_vocab_kl(x[b, t], H.weight, canon[ids[b, t]][:, None], one, H.bias, check=False,
+                           scale=H.scale, softcap=H.softcap)
 
 
 def train(config, targets=None, on_step=None):
-    """Train, write the checkpoint to config.out, return its path (None if config.show_targets).
+    """Train, write the checkpoint to config.out, return its path (None with show_targets). For experiments:
 
-    targets: function(list of n id arrays) -> indices (n,K) int32, probs (n,K) float32, in place of the method's own.
-    on_step: function(step, embedder), called after every step. Both are for experiments."""
-    t0 = time.time()
-    out, method = Path(check(config).out), config.method
+    targets: function(list of n id arrays) -> indices (n,K) int32, probs (n,K) float32, not the method's.
+    on_step: function(step, embedder), called after every step."""
+    t0, out = time.time(), Path(check(config).out)
     if not config.show_targets:
         disk.start_folder(out, config.resume)
     if config.device == "cuda" and not torch.cuda.is_available():
         raise Error("--device cuda: expected a GPU that torch can use, found none: pass --device cpu")
-    device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    bf16 = config.dtype == "bfloat16" or config.dtype == "auto" and device == "cuda" and torch.cuda.is_bf16_supported()
+    device = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
+    bf16 = config.dtype == "bfloat16" or (
+        config.dtype == "auto" and device == "cuda" and torch.cuda.is_bf16_supported())
     torch.manual_seed(config.seed)
 
-    # 1, 2: text and targets, by the backbone as it was pretrained
+    # ---- text and targets, by the backbone as it was pretrained
     model, tok = load_backbone(config.backbone, "causal")
     V = len(head(model.to(device)).weight)
     words = read_vocabulary(tok, V)
-    if method != "none":
-        tokens = read_tokens(config.corpus, tok, config.max_length, V, functools.partial(find_words, words), words.hash)
+    if config.method != "none":
+        find = functools.partial(find_words, words)
+        tokens = read_tokens(config.corpus, tok, config.max_length, V, find, words.hash)
         q = build_targets(config, tokens, words, model, tok, targets)
         if config.show_targets:
             return show_targets(config, tokens, q, words, tok)
     before = Embedder(model, tok, config.pooling, config.max_length).tokens(EXAMPLES, 8)
 
-    # 3: embedder
+    # ---- the embedder
     small = sum(p.numel() for p in model.parameters()) < 1e8
     rank = config.lora_rank if config.lora_rank >= 0 else 0 if small else 16
     del model
-    model, _ = load_backbone(config.init or config.backbone, config.attention,
-                             torch.bfloat16 if rank and bf16 else torch.float32)        # what is frozen needs no more
+    frozen = torch.bfloat16 if rank and bf16 else torch.float32        # what does not learn needs no more
+    model = load_backbone(config.init or config.backbone, config.attention, frozen)[0].to(device)
     if len(head(model).weight) != V:
-        raise Error(f"--init: expected a checkpoint made from {config.backbone}, but its vocabulary is another")
-    model.to(device)
-    if method == "none":
+        raise Error(f"--init: expected a checkpoint made from {config.backbone}, got another vocabulary")
+    if config.method == "none":
         return finish(config, model, tok, before, t0)
     model = make_trainable(model, rank)
     core = model.get_base_model() if rank else model
-    H, table, embedder = head(core), core.get_input_embeddings().weight, Embedder(core, tok, config.pooling, config.max_length)
-    params = [p for p in model.parameters() if p.requires_grad]
-    peak = config.lr or (2e-4 if rank else 1e-3)
+    embedder, H = Embedder(core, tok, config.pooling, config.max_length), head(core)
+    canon, lengths = torch.from_numpy(words.canon).to(device), np.diff(tokens.start)
+    text = lambda n: tokens.ids[tokens.start[n]:tokens.start[n + 1]]
 
-    # 5: training. OURS: AdamW, and the embedding at a tenth of the rate: Adam moves the row of a token by about the rate
-    # whenever the token comes by; rows have a standard deviation near 0.02, a rare word would be another word at once.
-    optimizer = torch.optim.AdamW([{"params": [p for p in params if p is not table], "scale": 1.0},
-                                   {"params": [p for p in params if p is table], "scale": 0.1}],
-                                  lr=peak, betas=(0.9, 0.98), weight_decay=0.01)
+    # ---- training
+    params, peak = [p for p in model.parameters() if p.requires_grad], config.lr or (2e-4 if rank else 2e-3)
+    optimizer = torch.optim.AdamW(params, lr=peak, betas=(0.9, 0.98), weight_decay=0.01)
     at = {"step": 0, "seconds": 0.0, "cells": 0, "read": 0, "corpus": tokens.hash}
     if config.resume:
         at = disk.load_state(out, config, model, optimizer)
         if at["corpus"] != tokens.hash:
             raise Error("--resume: expected the corpus of the interrupted run, but its texts have changed")
-    lengths = np.diff(tokens.start)
     B = min(config.batch_size, len(lengths))
-    micro, canon, begun, t1 = min(config.micro_batch or B, B), torch.from_numpy(words.canon).to(device), at["step"], time.time()
-    print(f"{config.backbone}: {core.config.model_type}, {sum(p.numel() for p in core.parameters()):,} parameters, "
-          f"{sum(p.numel() for p in params):,} learn ({f'LoRA rank {rank}' if rank else 'all but the head'}); "
-          f"{config.attention} attention, {config.pooling} pooling\n{len(lengths):,} texts, {config.steps} steps of {B} "
-          f"({config.steps * B / len(lengths):.2f} epochs), lr {peak:g}, {'bfloat16' if bf16 else 'float32'} on {device}, "
-          f"loss: torch; best constant prediction {q.constant:.3f}", flush=True)
+    begun, t1 = dict(at), time.time()
+    count = lambda ps: f"{sum(p.numel() for p in ps):,}"
+    print(f"{config.backbone}: {core.config.model_type}, {count(core.parameters())} parameters, {count(params)} "
+          f"learn ({f'LoRA rank {rank}' if rank else 'all but the head'}), {config.attention} attention\n"
+          f"{len(lengths):,} texts, {config.steps} steps of {B} ({config.steps * B / len(lengths):.2f} epochs), "
+          f"rate {peak:g}, {'bfloat16' if bf16 else 'float32'} on {device}, loss by torch")
 
-    interrupted = []                                                       # Ctrl-C ends a run between steps, not in one
+    interrupted = []                                                   # Ctrl-C ends a run between two steps
     if main_thread := threading.current_thread() is threading.main_thread():
-        old = signal.signal(signal.SIGINT, lambda *_: interrupted.append(1))
-    log = open(out / "log.jsonl", "a")
-    bar = tqdm(total=config.steps * B, initial=begun * B, unit=" texts", desc="train", smoothing=0.1)
-    model.train()
+        handler = signal.signal(signal.SIGINT, lambda *_: interrupted.append(1))
+    log, model = open(out / "log.jsonl", "a"), model.train()
+    bar = tqdm(total=config.steps * B, initial=at["step"] * B, unit=" texts", desc="train", smoothing=0.1)
     while at["step"] < config.steps and not interrupted:
-        # ------------------------------------------------------------------------------------------ BEGIN: one step
+        # ---------------------------------------------------------------------------------- BEGIN: one step
         texts, loss = batch_of(at["step"], config.seed, lengths, B), 0.0
-        indices, probs = (torch.from_numpy(a[texts]).to(device) for a in (q.indices, q.probs))             # (B,K) each
+        indices, probs = (torch.from_numpy(a[texts]).to(device) for a in (q.indices, q.probs))   # (B,K) each
         valid = (indices >= 0).any(1).sum().clamp_min(1)
-        for rows in torch.arange(B).split(micro):
-            ids, mask = pad([tokens.ids[tokens.start[n]:tokens.start[n + 1]] for n in texts[rows]], tok.pad_token_id, device)
+        for rows in torch.arange(B).split(config.micro_batch or B):
+            ids, mask = pad([text(n) for n in texts[rows]], tok.pad_token_id, device)
             with torch.autocast(device, torch.bfloat16, enabled=bf16):
-                x = states(core, ids, mask)                                                                # (B,T,C)
-                h = pool(x, mask, config.pooling)                                                          # (B,C)
+                x = states(core, ids, mask)                                                      # (B,T,C)
+                h = pool(x, mask, config.pooling)                                                # (B,C)
                 L = linear_vocab_kl(h, H.weight, indices[rows], probs[rows], H.bias, "sum",
                                     scale=H.scale, softcap=H.softcap) / valid
                 loss += L.item()
@@ -651,71 +644,73 @@ def train(config, targets=None, on_step=None):
             L.backward()
             at["cells"], at["read"] = at["cells"] + ids.numel(), at["read"] + int(mask.sum())
         norm = torch.nn.utils.clip_grad_norm_(params, 1.0).item()
-        if not math.isfinite(loss) or not math.isfinite(norm):
-            raise Error(f"step {at['step']}: loss {loss}, gradient norm {norm}: lower --lr (now {peak:g}), or --dtype float32")
+        if not math.isfinite(loss + norm):
+            raise Error(f"step {at['step']}: loss {loss}, gradient norm {norm}: "
+                        f"lower --lr (now {peak:g}), or pass --dtype float32")
         for group in optimizer.param_groups:
-            group["lr"] = group["scale"] * learning_rate(at["step"], config.steps, peak)
+            group["lr"] = learning_rate(at["step"], config.steps, peak)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         at["step"] += 1
-        # -------------------------------------------------------------------------------------------- END: one step
-        log.write(json.dumps({"step": at["step"], "loss": loss, "constant": q.constant,
-                              "lr": optimizer.param_groups[0]["lr"], "grad_norm": norm,
-                              "texts_per_s": round((at["step"] - begun) * B / (time.time() - t1), 1)}) + "\n")
+        # ------------------------------------------------------------------------------------ END: one step
+        at["seconds"] = begun["seconds"] + time.time() - t1
+        speed = (at["step"] - begun["step"]) * B / (time.time() - t1)
+        log.write(json.dumps({"step": at["step"], "loss": loss, "constant": q.constant, "lr": group["lr"],
+                              "grad_norm": norm, "texts_per_s": round(speed, 1)}) + "\n")
         log.flush()
         bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
         bar.update(B)
         if on_step:
-            model.eval()
             on_step(at["step"], embedder)
-            model.train()
         if at["step"] % config.save_every == 0 or at["step"] == config.steps or interrupted:
-            now = at | {"seconds": at["seconds"] + time.time() - t1}
-            disk.save_state(out, config, model, optimizer, **now)
+            disk.save_state(out, config, model, optimizer, **at)
     bar.close()
     log.close()
     if main_thread:
-        signal.signal(signal.SIGINT, old)
+        signal.signal(signal.SIGINT, handler)
     if at["step"] < config.steps:
-        raise KeyboardInterrupt(f"stopped after step {at['step']}: the same command with --resume goes on from there")
-    loss = json.loads((out / "log.jsonl").read_text().splitlines()[-1])["loss"]
-    return finish(config, model.merge_and_unload() if rank else model, tok, before, t0 - at["seconds"] * bool(begun), loss=loss,
-                  constant=q.constant, texts=len(lengths), texts_seen=config.steps * B, corpus_hash=tokens.hash,
-                  padding=round(1 - at["read"] / at["cells"], 4))
+        raise KeyboardInterrupt(f"stopped after step {at['step']}: add --resume to the same command to go on")
+    return finish(config, model.merge_and_unload() if rank else model, tok, before, t0 - begun["seconds"],
+                  loss=json.loads((out / "log.jsonl").read_text().splitlines()[-1])["loss"],
+                  constant=q.constant, texts=len(lengths), texts_seen=config.steps * B,
+                  corpus_hash=tokens.hash, padding=round(1 - at["read"] / at["cells"], 4))
 
 
-# ------------------------------------------------------------------------------------------------------------ 6. use
+# ----------------------------------------------------------------------------------------------------- 6. use
 EXAMPLES = ["A dog runs after a ball in the park.", "The bank raised its interest rates again.",
             "How do I reset my password?", "She plays the violin in a small orchestra."]
 
 
 def finish(config, model, tok, before, t0, loss=None, **facts):
-    """Write the checkpoint and show what has been learned: the tokens that a text lights up, before and after."""
+    """Write the checkpoint, and show what was learned: the tokens that a text lights up, before and after."""
     from importlib.metadata import version
     model.eval()
     after = Embedder(model, tok, config.pooling, config.max_length).tokens(EXAMPLES, 8)
-    used = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if getattr(config, f.name) != f.default}
-    facts = {"command": " ".join(["python t2t.py"] + [f"{flag(k)} {v}" for k, v in used.items()]), "loss": loss, **facts,
-             "seconds": round(time.time() - t0, 1), "device": str(model.device), "threads": torch.get_num_threads(),
+    used = dataclasses.asdict(config)
+    given = [f"{flag(k)} {v}" for k, v in used.items() if v != Config.__dataclass_fields__[k].default]
+    facts = {"command": " ".join(["python t2t.py", *given]), "loss": loss, **facts, "config": used,
+             "seconds": round(time.time() - t0, 1), "device": str(model.device),
+             "threads": torch.get_num_threads(),
              "versions": {p: version(p) for p in ("torch", "transformers", "peft", "tokenizers", "numpy")},
              "ours": ["tf-idf weights", "first piece of a split word", "loss at single tokens", "frozen head",
-                      "embedding at a tenth of the rate", "all hyper-parameters"], "config": dataclasses.asdict(config)}
+                      "every hyper-parameter"]}
     disk.save(Path(config.out), model, tok, head(model), config, facts)
     print()
+    line = lambda row: "  ".join(token for token, _ in row)
     for text, old, new in zip(EXAMPLES, before, after):
-        print(f"{text}\n    before   {'  '.join(t for t, _ in old)}\n    after    {'  '.join(t for t, _ in new)}")
+        print(f"{text}\n    before   {line(old)}\n    after    {line(new)}")
     if loss is not None:
-        print(f"\nloss {loss:.3f} nats (the best constant prediction: {facts['constant']:.3f}), padding {facts['padding']:.0%}, "
-              f"{facts['seconds']:.0f} s in all")
-    print(f"\n{config.out}/ is ready. In Python:  SentenceTransformer({config.out!r})   Next:  python eval.py {config.out}")
+        print(f"\nloss {loss:.3f} nats (best constant prediction {facts['constant']:.3f}), "
+              f"{facts['padding']:.0%} padding, {facts['seconds']:.0f} s in all")
+    print(f"{config.out}/ is ready:  SentenceTransformer({config.out!r})  or  python eval.py {config.out}")
     return config.out
 
 
 def show_targets(config, tokens, q, words, tok):
     for n in order_of_texts(config.seed, 0, len(q.indices))[:config.show_targets]:
-        text = tok.decode(tokens.ids[tokens.start[n]:tokens.start[n + 1]].tolist(), skip_special_tokens=True).strip()
+        text = tok.decode(tokens.ids[tokens.start[n]:tokens.start[n + 1]].tolist(), skip_special_tokens=True)
         best = sorted(((p, words.text[v]) for v, p in zip(q.indices[n], q.probs[n]) if v >= 0), reverse=True)
-        print(f"\n{text}\n    " + ("  ".join(f"{t} {p:.3f}" for p, t in best) or "(no target: this text is not trained on)"))
+        print(f"\n{text.strip()}\n    {'  '.join(f'{t} {p:.3f}' for p, t in best) or '(no target)'}")
 
 
 def main(config):
@@ -730,7 +725,7 @@ def main(config):
     except RuntimeError as e:
         if "out of memory" not in str(e) and "not enough memory" not in str(e):
             raise
-        end(f"out of memory: lower --micro-batch (now {config.micro_batch or config.batch_size}), then --max-length")
+        end(f"out of memory: lower --micro-batch (now {config.micro_batch or config.batch_size})")
 
 
 if __name__ == "__main__":

@@ -7,10 +7,10 @@
     mean - PC          mean, without the first principal component of mean over 2,048 texts of the corpus
     echo               the text twice, mean over the second copy (what stands there has seen the whole text)
     head rows          mean of the rows of the head that belong to the text's tokens
-    SIF                the same, a row weighted by 1e-3 / (1e-3 + frequency), without its first principal component
+    SIF                the same, a row weighted by 1e-3 / (1e-3 + frequency), without its first component
     tf-idf             cosine of tf * idf over the canonical words that t2t.py trains on: pure lexical overlap
 
-Frequencies, idf and components come from --corpus, never from a task. Writes results/readings-CORPUS.json and .md.
+Frequencies, idf and components come from --corpus, never a task. Writes results/readings-CORPUS.json and .md.
 """
 import argparse
 import json
@@ -49,7 +49,8 @@ def readings(backbone, corpus, max_length=128):
     @torch.no_grad()
     def run(ids, keep, how):
         """pool the states of ids over the places where keep is 1"""
-        out, order = np.zeros((len(ids), H.shape[1]), np.float32), sorted(range(len(ids)), key=lambda n: -len(ids[n]))
+        out = np.zeros((len(ids), H.shape[1]), np.float32)
+        order = sorted(range(len(ids)), key=lambda n: -len(ids[n]))
         for rows in t2t.blocks([n for n in order if ids[n]], 64):
             x, mask = t2t.pad([ids[n] for n in rows], tok.pad_token_id)
             on, _ = t2t.pad([keep[n] for n in rows], 0)
@@ -68,7 +69,8 @@ def readings(backbone, corpus, max_length=128):
 
     def echo(texts):
         ids = [bare(t) for t in texts]
-        return run([before[:1] + i + i for i in ids], [[0] * (1 + len(i)) + [1] * len(i) for i in ids], "mean")
+        keep = [[0] * (1 + len(i)) + [1] * len(i) for i in ids]
+        return run([before[:1] + i + i for i in ids], keep, "mean")
 
     def without_pc(read):
         pc = []
@@ -92,9 +94,9 @@ def readings(backbone, corpus, max_length=128):
             np.add.at(out[n], find(np.array(ids, int), [len(ids)])[1], 1)
         return out * idf
 
-    return {"mean": plain("mean"), "last": plain("last"), "prompt": prompt, "mean - PC": without_pc(plain("mean")),
-            "echo": echo, "head rows": rows(np.ones(V)), "SIF": without_pc(rows(1e-3 / (1e-3 + frequency))),
-            "tf-idf": tf_idf}
+    return {"mean": plain("mean"), "last": plain("last"), "prompt": prompt,
+            "mean - PC": without_pc(plain("mean")), "echo": echo, "head rows": rows(np.ones(V)),
+            "SIF": without_pc(rows(1e-3 / (1e-3 + frequency))), "tf-idf": tf_idf}
 
 
 class Reading(AbsEncoder):
@@ -115,21 +117,25 @@ def main():
     p.add_argument("--corpus", default="docstrings")
     p.add_argument("--data-dir", required=True)
     p.add_argument("--readings", nargs="+")
-    p.add_argument("--tasks", nargs="+", default="STS12 STS13 STSBenchmark Banking77Classification SciFact".split())
+    p.add_argument("--tasks", nargs="+",
+                   default=["STS12", "STS13", "STSBenchmark", "Banking77Classification", "SciFact"])
     a = p.parse_args()
-    tasks, t0, table = [evaluation.localize(t, a.data_dir) for t in evaluation.pick(a.tasks)], time.time(), {}
+    tasks = [evaluation.localize(t, a.data_dir) for t in evaluation.pick(a.tasks)]
+    t0, table = time.time(), {}
     for name, read in readings(a.backbone, a.corpus).items():
         if a.readings and name not in a.readings:
             continue
         table[name] = {}
         for task in tasks:
-            result = mteb.evaluate(Reading(name, read), [task], cache=None, co2_tracker=False, show_progress_bar=False)
+            result = mteb.evaluate(Reading(name, read), [task], cache=None, co2_tracker=False,
+                                   show_progress_bar=False)
             table[name][task.metadata.name] = round(100 * result.task_results[0].get_score(), 2)
             print(name, task.metadata.name, table[name][task.metadata.name], flush=True)
     out = ROOT / "results" / f"readings-{Path(a.corpus).name}"
-    facts = {"command": " ".join(["python results/readings.py", f"--corpus {Path(a.corpus).name}", "--data-dir DIR"]),
-             "backbone": Path(a.backbone).name, "seconds": round(time.time() - t0), "torch": torch.__version__,
-             "mteb": mteb.__version__, "threads": torch.get_num_threads(), "scores": table}
+    facts = {"command": f"python results/readings.py --corpus {Path(a.corpus).name} --data-dir DIR",
+             "backbone": Path(a.backbone).name, "seconds": round(time.time() - t0),
+             "torch": torch.__version__, "mteb": mteb.__version__, "threads": torch.get_num_threads(),
+             "scores": table}
     out.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n")
     names = [t.metadata.name for t in tasks]
     lines = ["| reading | " + " | ".join(names) + " |", "|---|" + "---:|" * len(names)]

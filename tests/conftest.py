@@ -1,4 +1,4 @@
-"""What the tests share: a small corpus made here, a tokenizer trained on it, and small random models of many families.
+"""What the tests share: a small corpus, a tokenizer trained on it, small random models of many families.
 
 Everything runs offline, on a CPU, in minutes:  python -m pytest -q
 """
@@ -25,7 +25,8 @@ def sentences(n, seed=0):
         a, b = rng.choice(ANIMALS, 2, replace=False)
         text = f"The {a} {rng.choice(ACTIONS)} the {b} in the {rng.choice(PLACES)}"
         if rng.random() < 0.5:
-            text += f", and then the {rng.choice(ANIMALS)} {rng.choice(ACTIONS)} it near the {rng.choice(PLACES)}"
+            text += (f", and then the {rng.choice(ANIMALS)} {rng.choice(ACTIONS)} it "
+                     f"near the {rng.choice(PLACES)}")
         out.append(f"{text} number {len(out)}.")
     return out
 
@@ -38,8 +39,10 @@ def tok(tmp_path_factory):
     t.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     t.decoder = decoders.ByteLevel()
     t.train_from_iterator(sentences(400), trainers.BpeTrainer(
-        vocab_size=500, special_tokens=["<pad>", "<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    t.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)])
+        vocab_size=500, special_tokens=["<pad>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    t.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A <s> $B",
+                                                     special_tokens=[("<s>", 1)])
     return PreTrainedTokenizerFast(tokenizer_object=t, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
 
 
@@ -71,15 +74,16 @@ def family(name, V=300, **settings):
     """A random two-layer model of width 32 of one family, head scales and soft caps included."""
     import transformers as tf
     kind, own = {
-        "llama": ("Llama", {}), "qwen2": ("Qwen2", {}), "qwen3": ("Qwen3", {"head_dim": 8}), "mistral": ("Mistral", {}),
-        "gemma2": ("Gemma2", {"head_dim": 8, "final_logit_softcapping": 3.0}), "gemma3": ("Gemma3Text", {"head_dim": 8}),
+        "llama": ("Llama", {}), "qwen2": ("Qwen2", {}), "mistral": ("Mistral", {}),
+        "qwen3": ("Qwen3", {"head_dim": 8}), "gemma3": ("Gemma3Text", {"head_dim": 8}),
+        "gemma2": ("Gemma2", {"head_dim": 8, "final_logit_softcapping": 3.0}),
         "gpt_neox": ("GPTNeoX", {}), "phi": ("Phi", {}), "cohere": ("Cohere", {"logit_scale": 0.25}),
         "granite": ("Granite", {"logits_scaling": 4.0})}[name]
     for key in ("num_key_value_heads",) if name not in ("gpt_neox", "phi") else ():
         own[key] = 2
     config = getattr(tf, kind + "Config")(**{**dict(
-        vocab_size=V, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, pad_token_id=0,
-        bos_token_id=1, eos_token_id=2, max_position_embeddings=256), **own, **settings})
+        vocab_size=V, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2, max_position_embeddings=256), **own, **settings})
     torch.manual_seed(0)
     model = tf.AutoModelForCausalLM.from_config(config).float()
     out = model.get_output_embeddings()

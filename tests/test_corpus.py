@@ -48,7 +48,7 @@ def test_empty_lines_spaces_and_case(tmp_path):
 def test_a_stream_is_not_read_ahead(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"good\n" + b"\xff\xfe bad\n")
     stream = texts(tmp_path / "a.txt")
-    assert next(stream) == "good"                                     # the second line has not been looked at yet
+    assert next(stream) == "good"                                     # the second line is not looked at yet
     with pytest.raises(Error, match="line 2"):
         next(stream)
 
@@ -57,11 +57,12 @@ def test_a_stream_is_not_read_ahead(tmp_path):
     ("a.txt", b"fine\ncaf\xe9\n", "expected UTF-8, but .*a.txt line 2"),
     ("a.txt", b"\x00\x01\x02", "a.txt line 1 has zero bytes"),
     ("a.jsonl", b'{"text": "x"}\nnope\n', "a.jsonl line 2 is not one"),
-    ("a.jsonl", b'{"texts": "x"}\n', "a.jsonl line 1 has no string called text"),
-    ("a.jsonl", b'{"text": 3}\n', "a.jsonl line 1 has no string called text"),
-    ("a.jsonl", b'[1]\n', "a.jsonl line 1 has no string called text"),
+    ("a.jsonl", b'{"texts": "x"}\n', "a.jsonl line 1 has no such string"),
+    ("a.jsonl", b'{"text": 3}\n', "a.jsonl line 1 has no such string"),
+    ("a.jsonl", b'[1]\n', "a.jsonl line 1 has no such string"),
     ("a.jsonl.gz", b"not gzip", "expected gzip"),
-    ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 9999)[:-40], "expected gzip, but .* is damaged after line"),
+    ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 9999)[:-40],
+     "expected gzip, but .* is damaged after line"),
     ("a.parquet", b"not parquet", "expected parquet"),
     ("a.csv", b"text\nx\n", "expected a file ending in")])
 def test_bad_files_are_named(tmp_path, name, data, says):

@@ -1,4 +1,4 @@
-"""Backbones of ten families: the head is the model's own, attention is what was asked, padding never moves a vector."""
+"""Ten families of backbones: the head is their own, attention is as asked, padding never moves a vector."""
 import json
 import shutil
 
@@ -36,15 +36,15 @@ def test_attention_is_proved_or_refused(name, attention, tmp_path, tok):
     tok.save_pretrained(folder)
     try:
         model, _ = load_backbone(str(folder), attention)
-    except Error as e:                                        # an architecture may not honour the switch: then it says so
+    except Error as e:                            # an architecture may not honour the switch: then it says so
         assert attention == "bidirectional" and "does not honour is_causal = False" in str(e)
         assert name in ("gpt_neox", "phi", "cohere", "granite"), f"{name} is documented to work"
         return
-    with torch.no_grad():                                     # an independent look: gradient of state 0 by input 5
+    with torch.no_grad():                         # an independent look: gradient of state 0 by input 5
         x = model.get_input_embeddings()(IDS[:1]).requires_grad_()
         with torch.enable_grad():
-            y = model.base_model(inputs_embeds=x, attention_mask=MASK[:1], use_cache=False).last_hidden_state[0, 0].sum()
-            g = torch.autograd.grad(y, x)[0][0, 5].abs().max().item()
+            y = model.base_model(inputs_embeds=x, attention_mask=MASK[:1], use_cache=False).last_hidden_state
+            g = torch.autograd.grad(y[0, 0].sum(), x)[0][0, 5].abs().max().item()
     assert (g > 0) == (attention == "bidirectional")
 
 
@@ -103,7 +103,8 @@ def test_tokens_are_probabilities_of_words(backbone):
     assert weights == sorted(weights, reverse=True) and abs(sum(weights) - 1) < 1e-4
     h = torch.from_numpy(e.encode(["A dog sees the cat."]))
     p = torch.softmax(head(e.model)(h), 1)[0].detach()
-    ids = [i for i in range(500) if e.tok.convert_tokens_to_string(e.tok.convert_ids_to_tokens([i])).strip().lower() == "dog"]
+    text = lambda i: e.tok.convert_tokens_to_string(e.tok.convert_ids_to_tokens([i]))
+    ids = [i for i in range(500) if text(i).strip().lower() == "dog"]
     assert_close(dict(row)["dog"], p[ids].sum().item(), rtol=1e-4, atol=1e-7)
 
 
@@ -112,7 +113,7 @@ def test_pad_by_hand():
     assert ids.tolist() == [[5, 6, 7], [8, 2, 2]] and mask.tolist() == [[1, 1, 1], [1, 0, 0]]
 
 
-# ---------------------------------------------------------------------------------------------------- bad backbones
+# ---------------------------------------------------------------------------------------------- bad backbones
 def test_bad_backbones(backbone, tmp_path, tok):
     def broken(name, change):
         folder = shutil.copytree(backbone, tmp_path / name)
@@ -128,14 +129,14 @@ def test_bad_backbones(backbone, tmp_path, tok):
 
     def drop(f):
         from safetensors.torch import load_file, save_file
-        w = load_file(f / "model.safetensors")
-        save_file({k: v for k, v in w.items() if "layers.1.mlp" not in k}, f / "model.safetensors", {"format": "pt"})
+        w = {k: v for k, v in load_file(f / "model.safetensors").items() if "layers.1.mlp" not in k}
+        save_file(w, f / "model.safetensors", {"format": "pt"})
     assert "lacks model.layers.1.mlp" in broken("half the weights", drop)
 
     def more_tokens(f):
         t = json.loads((f / "tokenizer.json").read_text())
-        t["added_tokens"].append({"id": 500, "content": "<new>", "single_word": False, "lstrip": False, "rstrip": False,
-                                  "normalized": False, "special": True})
+        t["added_tokens"].append({"id": 500, "content": "<new>", "single_word": False, "lstrip": False,
+                                  "rstrip": False, "normalized": False, "special": True})
         (f / "tokenizer.json").write_text(json.dumps(t))
     assert "has 501 entries and the embedding 500" in broken("tokenizer", more_tokens)
     with pytest.raises(Error, match="no such folder; a hub id needs the network"):
@@ -144,10 +145,11 @@ def test_bad_backbones(backbone, tmp_path, tok):
 
 def test_encoders_are_refused(tmp_path, tok):
     import transformers as tf
-    bert = tf.BertForMaskedLM(tf.BertConfig(vocab_size=500, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
-                                            intermediate_size=32))
+    bert = tf.BertForMaskedLM(tf.BertConfig(vocab_size=500, hidden_size=32, num_hidden_layers=1,
+                                            num_attention_heads=2, intermediate_size=32))
     bert.save_pretrained(tmp_path)
     tok.save_pretrained(tmp_path)
+    config = dict(backbone=str(tmp_path), method="none", out=str(tmp_path / "out"))
     for attention in ("causal", "bidirectional"):
         with pytest.raises(Error, match="--backbone: expected"):
-            t2t.train(t2t.Config(backbone=str(tmp_path), method="none", attention=attention, out=str(tmp_path / "out")))
+            t2t.train(t2t.Config(**config, attention=attention))

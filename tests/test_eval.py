@@ -28,7 +28,7 @@ WORDS = "river stone green bread window cloud paper horse silver garden music wi
 STS_PATHS = {"STSBenchmark": "mteb/stsbenchmark-sts", "STS12": "mteb/sts12-sts"}
 
 
-# -------------------------------------------------------------------------------------------- made-up things
+# --------------------------------------------------------------------------------------------- made-up things
 
 def make_lm(folder, seed=0, **config):
     """A 2-layer causal Llama of width 32 over whole words, saved as a bare folder; it has no pad token."""
@@ -118,7 +118,7 @@ def filed(out):
     return {(f.parts[-3], f.parts[-2], f.stem) for f in files if f.name != "model_meta.json"}
 
 
-# --------------------------------------------------------------------------------------- filing and resuming
+# ---------------------------------------------------------------------------------------- filing and resuming
 
 def test_scores_are_filed_under_the_content_hash(bare, data, tmp_path, encoded, capsys):
     out = tmp_path / "out"
@@ -260,7 +260,7 @@ def test_rows_of_another_shape_do_not_stop_the_rest(bare, data, tmp_path, capsys
     assert "STSBenchmark" in {key[2] for key in filed(tmp_path / "out")}
 
 
-# ------------------------------------------------------------------------------------------- reading a model
+# -------------------------------------------------------------------------------------------- reading a model
 
 def test_bare_lm_is_causal_and_padding_does_not_move_it(bare, tmp_path):
     import torch
@@ -291,7 +291,7 @@ def test_sentence_transformers_folder_gives_its_own_vectors(bare, tmp_path):
     assert ev.revision(Path(folder)) != ev.revision(Path(bare))
 
 
-# ------------------------------------------------------------------------------------------- what is refused
+# -------------------------------------------------------------------------------------------- what is refused
 
 def broken(kind, bare, tmp_path):
     """A path that is no model, of the given kind."""
@@ -410,7 +410,7 @@ def test_error_of_a_whole_process_is_one_line(bare, data, tmp_path):
     assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith("eval.py: error: expected ")
 
 
-# ------------------------------------------------------------------------------------------- tasks and table
+# -------------------------------------------------------------------------------------------- tasks and table
 
 def test_default_tasks_are_the_benchmark():
     tasks = ev.pick(None)

@@ -1,4 +1,4 @@
-"""vocab_kl and linear_vocab_kl: against a dense float64 oracle, their invariants, and a case worked by hand."""
+"""vocab_kl and linear_vocab_kl: against a dense float64 oracle, invariants, and a case worked by hand."""
 import math
 
 import pytest
@@ -26,7 +26,7 @@ def case(N=7, V=50, K=9, dtype=torch.float64, seed=0):
     return x, i, p
 
 
-# float32 sums V terms of relative error 6e-8; half precision only rounds the input, which the oracle sees rounded too
+# float32 sums V terms of relative error 6e-8; half precision rounds the input, and the oracle sees it rounded
 @pytest.mark.parametrize("dtype, tol", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 1e-5),
                                         (torch.float16, 1e-5)])
 @pytest.mark.parametrize("N, V, K", [(1, 1, 1), (7, 50, 9), (5, 999, 32), (3, 7, 7)])
@@ -37,7 +37,8 @@ def test_equals_dense_oracle(N, V, K, dtype, tol):
 
 
 def test_by_hand():
-    # softmax([0, ln 3]) = [1/4, 3/4]. Target all on 1: -ln(3/4). Target (1/2, 1/2): ln(1/2) - (ln(1/4) + ln(3/4))/2.
+    # softmax([0, ln 3]) = [1/4, 3/4]. Target all on 1: -ln(3/4).
+    # Target (1/2, 1/2): ln(1/2) - (ln(1/4) + ln(3/4))/2.
     x = torch.tensor([[0, math.log(3)]] * 2, dtype=torch.float64)
     i, p = torch.tensor([[1, -1], [0, 1]]), torch.tensor([[1.0, 9.0], [0.5, 0.5]])
     want = torch.tensor([math.log(4 / 3), math.log(2 / math.sqrt(3))], dtype=torch.float64)
@@ -51,8 +52,8 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(lambda x: vocab_kl(x, i, p, "none"), x.requires_grad_())
     h, W, b = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((4, 6), (11, 6), (11,)))
     for reduction in ("none", "mean", "sum"):
-        assert torch.autograd.gradcheck(
-            lambda h, W, b: linear_vocab_kl(h, W, i, p, b, reduction, softcap=2.0, scale=0.7, chunk=3), (h, W, b))
+        loss = lambda h, W, b: linear_vocab_kl(h, W, i, p, b, reduction, softcap=2.0, scale=0.7, chunk=3)
+        assert torch.autograd.gradcheck(loss, (h, W, b))
 
 
 def test_gradient_is_softmax_minus_target():
@@ -69,7 +70,8 @@ def test_invariants():
     p = p / p.sum(1, keepdim=True)
     assert (vocab_kl(x, i, p, "none") >= 0).all()                                    # KL of distributions
     full = torch.arange(30).expand(50, 30)
-    assert_close(vocab_kl(x, full, F.softmax(x, 1), "none"), torch.zeros(50, dtype=torch.float64), atol=1e-14, rtol=0)
+    zero = torch.zeros(50, dtype=torch.float64)
+    assert_close(vocab_kl(x, full, F.softmax(x, 1), "none"), zero, atol=1e-14, rtol=0)
     # a constant added to a row changes nothing, though it is as large as float32 can carry with these logits
     x = (torch.randint(-40, 40, (50, 30)) / 8).float()
     assert_close(vocab_kl(x + 1e4, i, p, "none"), vocab_kl(x, i, p, "none"), rtol=0, atol=0)
@@ -92,7 +94,7 @@ def test_rows_without_targets():
     x.requires_grad_()
     rows = vocab_kl(x, i, p, "none")
     assert_close(rows[[2, 4]], torch.zeros(2, dtype=torch.float64))
-    assert_close(vocab_kl(x, i, p), rows.sum() / 4)                                  # four rows count, not six
+    assert_close(vocab_kl(x, i, p), rows.sum() / 4)                            # four rows count, not six
     i[:] = -1
     for loss in (vocab_kl(x, i, p), linear_vocab_kl(x, torch.eye(20).double(), i, p)):
         x.grad = None
@@ -113,7 +115,8 @@ def test_merge_by_hand():
 def test_linear_equals_dense_logits(chunk, softcap, scale, bias):
     from t2t import Head
     _, i, p = case(7, 50, 9)
-    h, W = torch.randn(7, 12, dtype=torch.float64, requires_grad=True), torch.randn(50, 12, dtype=torch.float64, requires_grad=True)
+    h = torch.randn(7, 12, dtype=torch.float64, requires_grad=True)
+    W = torch.randn(50, 12, dtype=torch.float64, requires_grad=True)
     b = torch.randn(50, dtype=torch.float64, requires_grad=True) if bias else None
     wrt = [h, W] + ([b] if bias else [])
     want = vocab_kl(Head(W, b, scale, softcap)(h), i, p)

@@ -29,17 +29,17 @@ class FakeTokenizer:
         return s.lstrip() if self.mark == "\u2581" else s
 
 
-#          0      1       2      3      4      5       6    7     8     9      10    11     12     13    14     15
-TOKENS = ["<s>", "_dog", "_Dog", "dog", "DOG", "_the", ".", "_a", "_7", "ing", "_x", "_don", "Cat", "_Cat", "_dys", "lexia",
-          "_\u732b", "\u732b", "<unk>", "_3rd", "_able", "able", "_comfort"]
-#          16          17       18       19      20       21      22
+#          0      1       2       3      4      5       6    7     8     9      10    11
+TOKENS = ["<s>", "_dog", "_Dog", "dog", "DOG", "_the", ".", "_a", "_7", "ing", "_x", "_don",
+          "Cat", "_Cat", "_dys", "lexia", "_\u732b", "\u732b", "<unk>", "_3rd", "_able", "able", "_comfort"]
+#          12     13      14      15       16         17        18       19      20       21      22
 
 
 @pytest.mark.parametrize("mark", ["\u0120", "\u2581"])
 def test_canon_by_hand(mark):
-    words = read_vocabulary(FakeTokenizer(TOKENS, mark), 24)         # one row of the embedding more than tokens
-    want = {1: 1, 2: 1, 3: 1, 4: 1,                                  # dog, with and without space, in three cases
-            12: 13, 13: 13,                                          # no lower case in the vocabulary: the spaced form
+    words = read_vocabulary(FakeTokenizer(TOKENS, mark), 24)   # one row of the embedding more than tokens
+    want = {1: 1, 2: 1, 3: 1, 4: 1,                            # dog, with and without space, in three cases
+            12: 13, 13: 13,                                    # no lower case exists: the spaced form
             14: 14, 16: 16, 17: 16, 20: 20, 21: 20, 22: 22}          # a script without case needs no space
     assert {v: c for v, c in enumerate(words.canon.tolist()) if c >= 0} == want
     assert words.text[2] == "Dog" and words.text[23] == ""
@@ -51,7 +51,7 @@ def test_split_words_count_once():
     flat = np.array([5, 14, 15, 6, 3, 22, 21, 20, 3, 9])
     text, word = find_words(words, flat, [8, 2])
     assert text.tolist() == [0, 0, 0, 0, 1]
-    assert word.tolist() == [14, 1, 22, 20, 1]                       # "able" counts as a word, not as an ending
+    assert word.tolist() == [14, 1, 22, 20, 1]                 # "able" counts as a word, not as an ending
 
 
 def test_data_targets_by_hand():
@@ -65,7 +65,7 @@ def test_data_targets_by_hand():
     np.testing.assert_allclose(p, [[0.6, 0.4, 0, 0], [0] * 4, [1, 0, 0, 0]], rtol=1e-6)
     i, p = data_targets(rows, words, idf, 4, 0.5)                    # (3/2)^2 = 9/4
     np.testing.assert_allclose(p[0], [9 / 13, 4 / 13, 0, 0], rtol=1e-6)
-    i, p = data_targets(rows, words, idf, 1, 1.0)                    # K = 1 keeps the heavier and all of the mass
+    i, p = data_targets(rows, words, idf, 1, 1.0)              # K = 1 keeps the heavier and all of the mass
     assert i.tolist() == [[13], [-1], [20]] and p[0, 0] == 1
 
 
@@ -83,7 +83,7 @@ def test_constant_is_the_loss_of_the_best_constant_prediction(tmp_path, monkeypa
     q = build_targets(Config(top_k=3), corpus_of(rows, df, tmp_path), words, None, None)
     i, p = torch.from_numpy(q.indices[:]).long(), torch.from_numpy(q.probs[:]).double()
     dense = torch.zeros(4, 24, dtype=torch.float64).scatter_add_(1, i.where(i >= 0, 23), p)[:3, :23]
-    z = torch.zeros(23, dtype=torch.float64, requires_grad=True)     # minimise over constant logits: the oracle
+    z = torch.zeros(23, dtype=torch.float64, requires_grad=True)   # minimise over constant logits: the oracle
     optimizer = torch.optim.LBFGS([z], max_iter=500, tolerance_grad=1e-12, line_search_fn="strong_wolfe")
 
     def loss():
@@ -93,8 +93,8 @@ def test_constant_is_the_loss_of_the_best_constant_prediction(tmp_path, monkeypa
         return value
     optimizer.step(loss)
     assert_close(q.constant, loss().item(), rtol=1e-4, atol=1e-4)
-    m = dense.mean(0)
-    assert_close(q.constant, (torch.special.xlogy(dense, dense).sum(1).mean() - torch.special.xlogy(m, m).sum()).item())
+    m, xlogy = dense.mean(0), torch.special.xlogy
+    assert_close(q.constant, (xlogy(dense, dense).sum(1).mean() - xlogy(m, m).sum()).item())
 
 
 def test_targets_from_a_real_tokenizer(tok, texts_file, backbone):
@@ -107,7 +107,8 @@ def test_targets_from_a_real_tokenizer(tok, texts_file, backbone):
     sums = q.probs.sum(1)
     np.testing.assert_allclose(sums, np.ones(400), rtol=1e-5)        # every sentence has an animal
     text = tok.decode(tokens.ids[tokens.start[7]:tokens.start[8]].tolist())
-    assert {words.text[v] for v in q.indices[7] if v >= 0} <= set(text.lower().replace(",", " ").replace(".", " ").split())
+    inside = set(text.lower().replace(",", " ").replace(".", " ").split())
+    assert {words.text[v] for v in q.indices[7] if v >= 0} <= inside
     again = build_targets(config, tokens, words, None, tok)          # from disk
     np.testing.assert_array_equal(q.indices, again.indices)
 
@@ -132,7 +133,8 @@ def test_model_targets_are_special_to_the_text(tok, texts_file, backbone, method
     tokens = t2t.read_tokens(config.corpus, tok, 128, len(tok), lambda *x: find_words(words, *x), words.hash)
     q = build_targets(config, tokens, words, model, tok)
     np.testing.assert_allclose(q.probs.sum(1), 1, rtol=1e-5)
-    assert (words.canon[q.indices[q.indices >= 0]] == q.indices[q.indices >= 0]).all()       # canonical words only
+    own = q.indices[q.indices >= 0]
+    assert (words.canon[own] == own).all()                           # canonical words only
     if method == "model":                                            # against the definition, for one text
         log_p = lambda n: torch.log_softmax(model(input_ids=torch.tensor(
             [tokens.ids[tokens.start[n]:tokens.start[n + 1]].astype(int)])).logits[0], -1).mean(0)
@@ -146,13 +148,15 @@ def test_model_targets_are_special_to_the_text(tok, texts_file, backbone, method
 def test_no_text_with_a_target(tok, tmp_path):
     (tmp_path / "a.txt").write_text("the and of\n1 2 3\n")
     words = read_vocabulary(tok, len(tok))
-    tokens = t2t.read_tokens(str(tmp_path / "a.txt"), tok, 128, len(tok), lambda *x: find_words(words, *x), words.hash)
+    find = lambda *x: find_words(words, *x)
+    tokens = t2t.read_tokens(str(tmp_path / "a.txt"), tok, 128, len(tok), find, words.hash)
     with pytest.raises(Error, match="no text has a single target token"):
         build_targets(Config(top_k=4), tokens, words, None, tok)
 
 
 def test_top_k_above_the_vocabulary(tok, texts_file):
     words = read_vocabulary(tok, len(tok))
-    tokens = t2t.read_tokens(str(texts_file), tok, 128, len(tok), lambda *x: find_words(words, *x), words.hash)
+    find = lambda *x: find_words(words, *x)
+    tokens = t2t.read_tokens(str(texts_file), tok, 128, len(tok), find, words.hash)
     with pytest.raises(Error, match="--top-k: expected at most the size of the vocabulary, 500, got 501"):
         build_targets(Config(top_k=501), tokens, words, None, tok)

@@ -1,4 +1,4 @@
-"""Training: it learns, resumes bit for bit, gives one checkpoint that every library reads alike, and ends kindly."""
+"""Training: it learns, resumes bit for bit, gives a checkpoint that all libraries read alike, ends kindly."""
 import json
 import os
 import signal
@@ -21,8 +21,8 @@ ROOT = Path(t2t.__file__).parent
 
 
 def config(backbone, texts_file, out, **more):
-    return Config(**{**dict(backbone=str(backbone), corpus=str(texts_file), out=str(out), steps=6, batch_size=16, top_k=8,
-                            max_length=64, save_every=2, device="cpu"), **more})
+    return Config(**{**dict(backbone=str(backbone), corpus=str(texts_file), out=str(out), steps=6,
+                            batch_size=16, top_k=8, max_length=64, save_every=2, device="cpu"), **more})
 
 
 def weights(folder):
@@ -34,35 +34,36 @@ def log(folder):
     return [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
 
 
-# -------------------------------------------------------------------------------------------------------- the order
+# -------------------------------------------------------------------------------------------------- the order
 def test_every_text_once_an_epoch():
     lengths = np.random.default_rng(0).integers(3, 99, 1000)
     for epoch in (0, 3):
         seen = np.concatenate([batch_of(epoch * 31 + i, 7, lengths, 32) for i in range(31)])
         assert len(np.unique(seen)) == 31 * 32
-    assert not np.array_equal(batch_of(0, 7, lengths, 32), batch_of(31, 7, lengths, 32))        # epochs differ
-    assert not np.array_equal(batch_of(0, 7, lengths, 32), batch_of(0, 8, lengths, 32))         # seeds differ
+    assert not np.array_equal(batch_of(0, 7, lengths, 32), batch_of(31, 7, lengths, 32))  # epochs differ
+    assert not np.array_equal(batch_of(0, 7, lengths, 32), batch_of(0, 8, lengths, 32))   # seeds differ
     np.testing.assert_array_equal(batch_of(40, 7, lengths, 32), batch_of(40, 7, lengths, 32))
     grouped = np.mean([np.ptp(lengths[batch_of(i, 7, lengths, 32)]) for i in range(16)])
-    assert grouped < 0.2 * np.ptp(lengths)                                                      # like lengths together
+    assert grouped < 0.2 * np.ptp(lengths)                                             # like lengths together
 
 
 def test_learning_rate_by_hand():
     assert [learning_rate(s, 100, 1.0) for s in (0, 4, 9)] == [0.1, 0.5, 1.0]
-    assert learning_rate(55, 100, 1.0) == pytest.approx(0.55) and learning_rate(100, 100, 1.0) == pytest.approx(0.1)
+    assert learning_rate(55, 100, 1.0) == pytest.approx(0.55)
+    assert learning_rate(100, 100, 1.0) == pytest.approx(0.1)
 
 
-# ------------------------------------------------------------------------------------------------------------ learning
+# --------------------------------------------------------------------------------------------------- learning
 def test_it_learns_and_the_head_is_frozen(backbone, texts_file, tmp_path):
     out = train(config(backbone, texts_file, tmp_path / "a", steps=60, lr=3e-3, token_loss=0.0))
     facts = json.loads((Path(out) / "t2t.json").read_text())
-    assert facts["loss"] < facts["constant"] - 0.3                   # it reads its input: better than any constant
+    assert facts["loss"] < facts["constant"] - 0.3              # it reads its input: better than any constant
     before, after = weights(backbone), weights(out)
     assert_close(after["lm_head.weight"], before["model.embed_tokens.weight"], rtol=0, atol=0)
-    assert not torch.equal(after["model.embed_tokens.weight"], before["model.embed_tokens.weight"])
-    assert not torch.equal(after["model.layers.0.mlp.up_proj.weight"], before["model.layers.0.mlp.up_proj.weight"])
+    for name in ("model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight"):
+        assert not torch.equal(after[name], before[name])
     e, words = Embedder.load(out), "dog wolf".split()
-    for animal in words:                                             # and what it lights up is what the text says
+    for animal in words:                                         # and what it lights up is what the text says
         lit = [t for t, _ in e.tokens([f"The {animal} sees the {animal} in the garden."], 5)[0]]
         assert animal in lit, lit
     lines = log(out)
@@ -72,7 +73,8 @@ def test_it_learns_and_the_head_is_frozen(backbone, texts_file, tmp_path):
 
 def test_micro_batches_give_the_same_gradient(backbone, texts_file, tmp_path):
     kinds = [dict(), dict(micro_batch=16), dict(micro_batch=5)]
-    runs = [train(config(backbone, texts_file, tmp_path / str(i), steps=1, token_loss=0.0, **k)) for i, k in enumerate(kinds)]
+    runs = [train(config(backbone, texts_file, tmp_path / str(i), steps=1, token_loss=0.0, **k))
+            for i, k in enumerate(kinds)]
     norms = [log(r)[0]["grad_norm"] for r in runs]
     losses = [log(r)[0]["loss"] for r in runs]
     np.testing.assert_allclose(norms, norms[0], rtol=1e-5)
@@ -82,7 +84,7 @@ def test_micro_batches_give_the_same_gradient(backbone, texts_file, tmp_path):
 def test_adapters_are_merged(backbone, texts_file, tmp_path):
     out = train(config(backbone, texts_file, tmp_path / "a", lora_rank=4, lr=1e-2))
     before, after = weights(backbone), weights(out)
-    assert set(before) == set(after)                                 # no adapter is left, and the head is still tied
+    assert set(before) == set(after)                          # no adapter is left, and the head is still tied
     changed = {k for k in before if not torch.equal(before[k], after[k])}
     assert changed == {k for k in before if "proj" in k}
 
@@ -93,8 +95,8 @@ def test_own_targets_and_own_step(backbone, texts_file, tmp_path, tok):
 
     def always_dog(rows):
         return np.full((len(rows), 1), dog, np.int32), np.ones((len(rows), 1), np.float32)
-    out = train(config(backbone, texts_file, tmp_path / "a", steps=30, lr=3e-3, token_loss=0.0), targets=always_dog,
-                on_step=lambda step, e: seen.append((step, e.encode(["x"]).shape)))
+    out = train(config(backbone, texts_file, tmp_path / "a", steps=30, lr=3e-3, token_loss=0.0),
+                targets=always_dog, on_step=lambda step, e: seen.append((step, e.encode(["x"]).shape)))
     assert seen == [(s, (1, 32)) for s in range(1, 31)]
     assert [row[0][0] for row in Embedder.load(out).tokens(["The cat.", "The river."])] == ["dog", "dog"]
 
@@ -106,13 +108,14 @@ def test_stages_and_none(backbone, texts_file, tmp_path):
     for k, w in weights(none).items():
         assert_close(w, weights(backbone)[k])
     a, b = weights(first), weights(second)
-    for k in a:                                                      # the second stage starts where the first one ended
+    for k in a:                                            # the second stage starts where the first one ended
         assert_close(a[k], b[k], rtol=1e-5, atol=1e-6)
     assert (Path(none) / "sparse").exists()
 
 
-@pytest.mark.parametrize("settings", [dict(method="model"), dict(method="both"), dict(pooling="last"),
-                                      dict(attention="causal", pooling="last"), dict(dtype="bfloat16", steps=2)])
+@pytest.mark.parametrize("settings", [
+    dict(method="model"), dict(method="both"), dict(pooling="last"), dict(attention="causal", pooling="last"),
+    dict(dtype="bfloat16", steps=2)])
 def test_every_way_runs(backbone, texts_file, tmp_path, settings):
     out = train(config(backbone, texts_file, tmp_path / "a", **{"steps": 3, **settings}))
     assert all(np.isfinite(r["loss"]) for r in log(out))
@@ -124,7 +127,7 @@ def test_more_batch_than_texts(backbone, tmp_path):
     assert json.loads((Path(out) / "t2t.json").read_text())["texts_seen"] == 6 * 5
 
 
-# ------------------------------------------------------------------------------------------------------------ resuming
+# --------------------------------------------------------------------------------------------------- resuming
 class Stop(Exception):
     pass
 
@@ -135,7 +138,7 @@ def test_resumed_equals_uninterrupted(backbone, texts_file, tmp_path, rank):
 
     def crash(step, _):
         if step == 5:
-            raise Stop                                               # after step 5, the state is that of step 4
+            raise Stop                                             # after step 5, the state is that of step 4
     with pytest.raises(Stop):
         train(config(backbone, texts_file, tmp_path / "part", lora_rank=rank), on_step=crash)
     assert sorted(f.name for f in (tmp_path / "part").iterdir()) == ["log.jsonl", "state"]
@@ -148,15 +151,15 @@ def test_resumed_equals_uninterrupted(backbone, texts_file, tmp_path, rank):
 
 def cli(*args, **more):
     env = {**os.environ, "OMP_NUM_THREADS": "2"}
-    return subprocess.Popen([sys.executable, "t2t.py", *map(str, args)], cwd=ROOT, env=env, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True, **more)
+    return subprocess.Popen([sys.executable, "t2t.py", *map(str, args)], cwd=ROOT, env=env,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more)
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_ctrl_c_and_kill_leave_a_state(backbone, texts_file, tmp_path, how):
     out = tmp_path / "out"
-    args = ["--backbone", backbone, "--corpus", texts_file, "--out", out, "--batch-size", 16, "--top-k", 8, "--steps", 4000,
-            "--save-every", 2, "--device", "cpu"]
+    args = ["--backbone", backbone, "--corpus", texts_file, "--out", out, "--batch-size", 16, "--top-k", 8,
+            "--steps", 4000, "--save-every", 2, "--device", "cpu"]
     run = cli(*args)
     for _ in range(600):
         if (out / "state" / "last.pt").exists() and len((out / "log.jsonl").read_text().splitlines()) > 5:
@@ -168,9 +171,9 @@ def test_ctrl_c_and_kill_leave_a_state(backbone, texts_file, tmp_path, how):
     if how == signal.SIGINT:
         assert "--resume goes on" in err and "Traceback" not in err
     state = torch.load(out / "state" / "last.pt", weights_only=True)
-    lines = log(out)
-    assert state["position"]["step"] == (lines[-1]["step"] if how == signal.SIGINT else lines[-1]["step"] // 2 * 2)
-    again = cli(*args)                                               # without --resume: refused, nothing is lost
+    last = log(out)[-1]["step"]
+    assert state["position"]["step"] == (last if how == signal.SIGINT else last // 2 * 2)
+    again = cli(*args)                                           # without --resume: refused, nothing is lost
     _, err = again.communicate(timeout=60)
     assert again.returncode == 2 and "add --resume" in err and len(err.splitlines()) == 1
 
@@ -182,13 +185,14 @@ def test_resume_with_changed_arguments(backbone, texts_file, tmp_path):
         train(config(backbone, texts_file, tmp_path / "a", save_every=1), on_step=crash)
     with pytest.raises(Error, match="found none"):
         train(config(backbone, texts_file, tmp_path / "b", resume=True))
-    with pytest.raises(Stop):                                        # crash() comes before the first save: step 2 has one
-        train(config(backbone, texts_file, tmp_path / "c", save_every=1), on_step=lambda s, _: s == 2 and crash(s, _))
+    with pytest.raises(Stop):                            # crash() comes before the first save: step 2 has one
+        train(config(backbone, texts_file, tmp_path / "c", save_every=1),
+              on_step=lambda s, _: s == 2 and crash(s, _))
     with pytest.raises(Error, match=r"--lr 0.5 \(was 0.0\), --seed 7 \(was 42\)"):
         train(config(backbone, texts_file, tmp_path / "c", resume=True, lr=0.5, seed=7))
 
 
-# ------------------------------------------------------------------------------------------------------ the checkpoint
+# --------------------------------------------------------------------------------------------- the checkpoint
 @pytest.fixture(scope="module")
 def checkpoint(backbone, texts_file, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ckpt")
@@ -218,9 +222,11 @@ def test_one_file_of_weights(checkpoint, backbone):
     from transformers import AutoModelForCausalLM, AutoTokenizer
     model, info = AutoModelForCausalLM.from_pretrained(checkpoint, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and model.dtype == torch.float32
-    assert model.config.is_causal is False and AutoTokenizer.from_pretrained(checkpoint).padding_side == "right"
+    assert model.config.is_causal is False
+    assert AutoTokenizer.from_pretrained(checkpoint).padding_side == "right"
     assert os.path.samefile(checkpoint / "model.safetensors", checkpoint / "sparse" / "model.safetensors")
-    assert_close(model.get_output_embeddings().weight, weights(backbone)["model.embed_tokens.weight"], rtol=0, atol=0)
+    own = weights(backbone)["model.embed_tokens.weight"]
+    assert_close(model.get_output_embeddings().weight, own, rtol=0, atol=0)
 
 
 def test_sparse_encoder_reads_the_head(checkpoint):
@@ -245,10 +251,11 @@ def test_what_is_written_down(checkpoint):
     assert 0 <= facts["padding"] < 0.5 and "--lr 0.003" in facts["command"]
 
 
-# ---------------------------------------------------------------------------------------------------------- bad input
+# -------------------------------------------------------------------------------------------------- bad input
 @pytest.mark.parametrize("args, says", [
     (["--method", "magic"], "invalid choice"), (["--steps", "0"], "--steps: expected 1 or more, got 0"),
-    (["--batch-size", "-3"], "--batch-size: expected 1 or more"), (["--lr", "nan"], "--lr: expected 0 or more, got nan"),
+    (["--batch-size", "-3"], "--batch-size: expected 1 or more"),
+    (["--lr", "nan"], "--lr: expected 0 or more, got nan"),
     (["--temperature", "0"], "--temperature: expected"), (["--stesp", "3"], "unrecognized arguments"),
     (["--method", "simcse"], "not built yet"), (["--impl", "ext"], "not built yet")])
 def test_bad_arguments_end_at_once(args, says):
@@ -302,24 +309,26 @@ def other_vocabulary(tmp_path):
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
     family("llama", V=77).save_pretrained(tmp_path / "other")
-    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "b": 1}, "a")), unk_token="a",
-                            pad_token="a").save_pretrained(tmp_path / "other")
+    words = Tokenizer(models.WordLevel({"a": 0, "b": 1}, "a"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="a", pad_token="a")
+    tokenizer.save_pretrained(tmp_path / "other")
     return tmp_path / "other"
 
 
-@pytest.mark.skipif(not hasattr(os, "mkfifo") or not Path("/dev/full").exists(), reason="needs /dev/full, a disk that is full")
+@pytest.mark.skipif(not hasattr(os, "mkfifo") or not Path("/dev/full").exists(),
+                    reason="needs /dev/full, a disk that is full")
 def test_a_full_disk_ends_in_one_line(backbone, texts_file, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(t2t.disk, "save_state", lambda *a, **k: open("/dev/full", "w").write("x" * 100_000))
-    line = fails(capsys, backbone=str(backbone), corpus=str(texts_file), out=str(tmp_path / "o"), steps=1, top_k=4, batch_size=4)
-    assert "No space left" in line
+    assert "No space left" in fails(capsys, backbone=str(backbone), corpus=str(texts_file),
+                                    out=str(tmp_path / "o"), steps=1, top_k=4, batch_size=4)
 
 
 def test_out_of_memory_names_the_flag(backbone, texts_file, tmp_path, capsys, monkeypatch):
     def no_memory(*a, **k):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
     monkeypatch.setattr(t2t, "linear_vocab_kl", no_memory)
-    assert "lower --micro-batch (now 4)" in fails(capsys, backbone=str(backbone), corpus=str(texts_file), out=str(tmp_path / "o"),
-                                                  batch_size=4, top_k=4)
+    assert "lower --micro-batch (now 4)" in fails(capsys, backbone=str(backbone), corpus=str(texts_file),
+                                                  out=str(tmp_path / "o"), batch_size=4, top_k=4)
 
 
 def test_a_finished_checkpoint_is_not_overwritten(checkpoint, backbone, texts_file):

@@ -1,17 +1,18 @@
-"""Pretrain tiny/, the small Llama that Text2Token trains by default, from nothing but a folder of English text.
+"""Pretrain tiny/, the small Llama that Text2Token trains by default, from a folder of English text alone.
 
-    python tiny/pretrain.py CORPUS --out runs/tiny            # 2 CPU cores: hours; a GPU: minutes; killed? add --resume
+    python tiny/pretrain.py CORPUS --out runs/tiny    # 2 CPU cores: hours; GPU: minutes; killed? add --resume
 
 CORPUS is a folder of *.jsonl.gz files, one {"text", "source"} object a line; val.jsonl.gz in it is held back.
 Four steps, each kept on disk, so that a second start goes on where the first one stopped:
 
-    1. tokenizer   byte-level BPE, 16,384 entries, a space in front of every text (so that a word has one spelling)
+    1. tokenizer   byte-level BPE, 16,384 entries, a space before every text: one spelling a word
     2. rows        <s> text </s> <s> text </s> ... packed into rows of T = 512; attention never crosses a text
-    3. embedding   the tied input/output table E (V,C) starts as the spectral factors of the corpus' word co-occurrence
+    3. embedding   the tied input/output table E (V,C) starts as spectral factors of word co-occurrence
     4. training    next-token cross-entropy, AdamW, warm-up and cosine
 
-Why step 3: two CPU cores see a tenth of the corpus through the model in an hour, but can *count* all of it in a
-minute. E E^T ~ log p(v,w)/(p(v)p(w)) is what word2vec converges to (Levy & Goldberg 2014); the Llama starts from it.
+Why step 3: two CPU cores see a tenth of the corpus through the model in an hour, but can *count* all of it in
+a minute. E E^T ~ log p(v,w)/(p(v)p(w)) is what word2vec converges to (Levy & Goldberg 2014); the Llama starts
+from it.
 
 B rows   T tokens   C width   V vocabulary
 """
@@ -38,11 +39,11 @@ def passages(path):
         yield from map(json.loads, f)
 
 
-# ------------------------------------------------------------------------------------------------------ 1. tokenizer
+# ----------------------------------------------------------------------------------------------- 1. tokenizer
 def train_tokenizer(shards, V):
     tok = Tokenizer(models.BPE())
     tok.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Digits(individual_digits=True),             # numbers are spelled, never words of their own
+        pre_tokenizers.Digits(individual_digits=True),        # numbers are spelled, never words of their own
         pre_tokenizers.ByteLevel(add_prefix_space=True)])
     tok.decoder = decoders.ByteLevel()
     tok.train_from_iterator(
@@ -57,7 +58,7 @@ def train_tokenizer(shards, V):
                                    padding_side="right", model_max_length=512)
 
 
-# ----------------------------------------------------------------------------------------------------------- 2. rows
+# ---------------------------------------------------------------------------------------------------- 2. rows
 def tokenize(tok, texts, chunk=10_000):
     """texts -> one long uint16 array: <s> a b c </s> <s> d e </s> ..."""
     out = []
@@ -74,7 +75,7 @@ def row(tokens, T, i):
 
 
 def batch(tokens, T, rows, device):
-    """-> inputs (B,T), targets (B,T) with -100 across a text's end, position in its text (B,T), mask (B,1,T,T)"""
+    """-> inputs (B,T), targets (B,T), -100 across a text's end, place in its text (B,T), mask (B,1,T,T)"""
     ids, doc = map(torch.stack, zip(*(row(tokens, T, i) for i in rows)))
     x, y, d = ids[:, :-1], ids[:, 1:].clone(), doc[:, :-1]
     y[x == EOS] = -100                                              # <s> after </s> is no prediction
@@ -84,9 +85,9 @@ def batch(tokens, T, rows, device):
     return [t.to(device) for t in (x, y, at - first, mask[:, None])]
 
 
-# ------------------------------------------------------------------------------------------------------ 3. embedding
+# ----------------------------------------------------------------------------------------------- 3. embedding
 def spectral_embedding(tokens, V, C, window=5, smooth=0.75, std=0.02):
-    """E (V,C) = U S^(1/2) of the positive pointwise mutual information of words at most `window` apart in a text."""
+    """E (V,C) = U S^(1/2) of the positive pointwise mutual information of words at most `window` apart."""
     n = np.zeros(V * V, np.float32)
     doc = (tokens == BOS).cumsum()
     ids = tokens.astype(np.int64)
@@ -96,22 +97,22 @@ def spectral_embedding(tokens, V, C, window=5, smooth=0.75, std=0.02):
     n = torch.from_numpy(n).view(V, V)
     n = n + n.T
     p = n.sum(1)
-    q = p.clamp_min(1e-9) ** smooth                                 # flattened context counts: rare words are not overrated
+    q = p.clamp_min(1e-9) ** smooth                  # flattened context counts: rare words are not overrated
     n.mul_(q.sum()).div_(p.clamp_min(1e-9)[:, None]).div_(q[None, :])
     n = n.clamp_min_(1).log_()
     U, S, _ = torch.svd_lowrank(n, q=C + 32, niter=3)
     E = U[:, :C] * S[:C].sqrt()
-    E -= E[p > 0].mean(0)                                           # softmax ignores a constant; cosines do not
+    E -= E[p > 0].mean(0)                                         # softmax ignores a constant; cosines do not
     E[p == 0] = 0
     E *= std / E[p > 0].std()
     return E + torch.randn(V, C) * std * (p == 0)[:, None]
 
 
-# ------------------------------------------------------------------------------------------------------- 4. training
+# ------------------------------------------------------------------------------------------------ 4. training
 def loss_sum(model, x, y, pos, mask):
-    """Summed next-token cross-entropy (nats) and the number of predictions, logits a micro-batch at a time."""
-    h = model.model(input_ids=x, position_ids=pos, attention_mask=mask, use_cache=False).last_hidden_state   # (B,T,C)
-    keep = y != -100
+    """Summed next-token cross-entropy (nats) and number of predictions, logits a micro-batch at a time."""
+    out = model.model(input_ids=x, position_ids=pos, attention_mask=mask, use_cache=False)
+    h, keep = out.last_hidden_state, y != -100                      # (B,T,C), (B,T)
     return F.cross_entropy(model.lm_head(h[keep]).float(), y[keep], reduction="sum"), int(keep.sum())
 
 
@@ -138,7 +139,8 @@ def validate(model, tok, path, T, device, limit):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0],
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("corpus", type=Path)
     p.add_argument("--out", type=Path, default=Path("runs/tiny"))
     p.add_argument("--vocab", type=int, default=16384)
@@ -175,18 +177,19 @@ def main():
 
     model = LlamaForCausalLM(LlamaConfig(
         vocab_size=V, hidden_size=a.width, num_hidden_layers=a.layers, num_attention_heads=a.width // 64,
-        num_key_value_heads=a.width // 64, intermediate_size=a.ffn, max_position_embeddings=T, rms_norm_eps=1e-6,
-        tie_word_embeddings=True, pad_token_id=PAD, bos_token_id=BOS, eos_token_id=EOS)).to(device)
+        num_key_value_heads=a.width // 64, intermediate_size=a.ffn, max_position_embeddings=T,
+        rms_norm_eps=1e-6, tie_word_embeddings=True, pad_token_id=PAD, bos_token_id=BOS,
+        eos_token_id=EOS)).to(device)
     if a.init == "spectral":
         model.model.embed_tokens.weight.data.copy_(torch.load(a.out / "embedding.pt"))
-    # Adam moves every weight by about lr a step, whatever the gradient: at the matrices' rate it would overwrite the
-    # counted embedding (std 0.02) within ten steps, so E gets a tenth of it.
-    E = model.model.embed_tokens.weight
+    # Adam moves every weight by about lr a step, whatever the gradient: at the matrices' rate it would
+    # overwrite the counted embedding (std 0.02) within ten steps, so E gets a tenth of it.
+    E, E_scale = model.model.embed_tokens.weight, 0.1 if a.init == "spectral" else 0.5
     matrices = [w for w in model.parameters() if w.ndim == 2 and w is not E]
     gains = [w for w in model.parameters() if w.ndim == 1]
     opt = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.1, "scale": 1.0},
                              {"params": gains, "weight_decay": 0.0, "scale": 1.0},
-                             {"params": [E], "weight_decay": 0.0, "scale": 0.1 if a.init == "spectral" else 0.5}],
+                             {"params": [E], "weight_decay": 0.0, "scale": E_scale}],
                             lr=a.lr, betas=(0.9, 0.95), fused=True)
     steps = math.ceil(a.tokens / (a.batch * T))
     n_rows = (len(tokens) - 1) // T
@@ -196,8 +199,8 @@ def main():
         model.load_state_dict(s["model"])
         opt.load_state_dict(s["opt"])
         start, seconds = s["step"], s["seconds"]
-    print(f"{sum(w.numel() for w in model.parameters()):,} parameters, {len(tokens):,} tokens in {n_rows:,} rows, "
-          f"{steps} steps of {a.batch * T} tokens on {device}")
+    print(f"{sum(w.numel() for w in model.parameters()):,} parameters, {len(tokens):,} tokens in "
+          f"{n_rows:,} rows, {steps} steps of {a.batch * T} tokens on {device}")
 
     def save(step):
         torch.save({"model": model.state_dict(), "opt": opt.state_dict(), "step": step,
@@ -210,8 +213,9 @@ def main():
                          for i in range(k * a.batch, (k + 1) * a.batch) for e, j in [divmod(i, n_rows)]]
     t0, log = time.time(), open(a.out / "log.jsonl", "a")
     for k in (bar := tqdm(range(start, steps), initial=start, total=steps, mininterval=5)):
+        cosine = 0.05 + 0.95 * (1 + math.cos(math.pi * k / steps)) / 2
         for g in opt.param_groups:
-            g["lr"] = a.lr * g["scale"] * min((k + 1) / a.warmup, 0.05 + 0.95 * (1 + math.cos(math.pi * k / steps)) / 2)
+            g["lr"] = a.lr * g["scale"] * min((k + 1) / a.warmup, cosine)
         x, y, pos, mask = batch(tokens, T, rows_of(k), device)
         n, L = int((y != -100).sum()), 0.0
         for m in range(0, a.batch, a.micro):
@@ -225,7 +229,8 @@ def main():
         opt.step()
         opt.zero_grad(set_to_none=True)
         bar.set_postfix(loss=f"{L:.3f}", norm=f"{norm:.2f}")
-        log.write(json.dumps({"step": k, "loss": round(L, 4), "norm": round(norm, 3), "s": round(time.time() - t0, 1)}) + "\n")
+        log.write(json.dumps({"step": k, "loss": round(L, 4), "norm": round(norm, 3),
+                              "s": round(time.time() - t0, 1)}) + "\n")
         log.flush()
         if (k + 1) % a.save_every == 0:
             save(k + 1)
@@ -235,9 +240,10 @@ def main():
     model.eval().to(torch.bfloat16).save_pretrained(a.out)
     val = validate(model.float(), tok, a.corpus / "val.jsonl.gz", T, device, 200_000)
     (a.out / "pretrain.json").write_text(json.dumps(
-        {"args": {k: str(v) if isinstance(v, Path) else v for k, v in vars(a).items() if k != "corpus"}, "steps": steps,
-         "tokens_seen": steps * a.batch * T, "seconds": round(seconds), "device": device, "torch": torch.__version__,
-         "threads": torch.get_num_threads(), "validation_loss": val}, indent=1) + "\n")
+        {"args": {k: str(v) if isinstance(v, Path) else v for k, v in vars(a).items() if k != "corpus"},
+         "steps": steps, "tokens_seen": steps * a.batch * T, "seconds": round(seconds), "device": device,
+         "torch": torch.__version__, "threads": torch.get_num_threads(),
+         "validation_loss": val}, indent=1) + "\n")
     print(json.dumps(val, indent=1))
 
 
