@@ -226,16 +226,21 @@ def docstrings(packages=PACKAGES):
 
 # ------------------------------------------------------------------------------------ texts -> tokens on disk
 class Tokens(NamedTuple):
-    """A tokenized corpus, memory-mapped: text n is ids[start[n]:start[n + 1]]."""
+    """A tokenized corpus of N texts, memory-mapped."""
     ids: object         # (total,) uint32
     start: object       # (N + 1,) int64
     df: object          # (V,) int64: in how many texts each word stands
     hash: str           # of the texts
     folder: Path
 
+    def text(self, n):
+        return self.ids[self.start[n]:self.start[n + 1]]
+
 
 def tokenize(tok, texts, max_length):
     """list of str -> list of id lists, truncated. Only here text becomes ids, in training and in use."""
+    if not texts:
+        return []
     return tok(texts, truncation=True, max_length=max_length, return_attention_mask=False)["input_ids"]
 
 

@@ -19,6 +19,7 @@ PAPER: marks what the abstract of arXiv 2510.10224 states. OURS: marks a choice 
 equations, hyper-parameters and code could not be read. corpus.py reads texts, checkpoint.py writes folders.
 """
 import argparse
+import contextlib
 import dataclasses
 import functools
 import json
@@ -207,7 +208,7 @@ def build_targets(config, tokens, words, model, tok, rows_of=None):
         mean, plogp, valid = np.zeros(V), 0.0, 0
         bar = tqdm(total=N, desc="targets", unit=" texts")
         for block in blocks(range(N), 4096 if config.method == "data" else 64):
-            rows = [tokens.ids[tokens.start[n]:tokens.start[n + 1]] for n in block]
+            rows = [tokens.text(n) for n in block]
             i, p = (np.concatenate(x, 1) for x in zip(*(part(rows) for part in parts)))
             p = p / np.maximum(p.sum(1, keepdims=True), 1e-30)
             i, p = (x.numpy() for x in merge(torch.from_numpy(i), torch.from_numpy(p)))
@@ -275,13 +276,13 @@ def model_targets(config, tokens, words, model, tok, K, sample=2048):
         return F.log_softmax(z.float(), -1).mean(0)
 
     some = order_of_texts(config.seed, 0, len(tokens.start) - 1)[:sample]
-    some = [tokens.ids[tokens.start[n]:tokens.start[n + 1]] for n in some]
-    expected = sum(log_p(row).double() for row in tqdm(some, "corpus mean")) / len(some)
+    expected = sum(log_p(tokens.text(n)).double() for n in tqdm(some, "corpus mean")) / len(some)
 
     def rows_of(rows):
         s = torch.stack([log_p(row) for row in rows]) - expected.float()   # (n,V)
         s.masked_fill_(canon < 0, -torch.inf)
-        s = torch.full_like(s, -torch.inf).index_reduce_(1, canon.clamp_min(0), s, "amax")  # variants are one
+        to = canon.clamp_min(0).expand_as(s)
+        s = torch.full_like(s, -torch.inf).scatter_reduce_(1, to, s, "amax")    # the best variant is it
         s, i = s.topk(K, 1)
         q = F.softmax(s / config.temperature, 1).masked_fill(s == -torch.inf, 0)
         return i.int().masked_fill(s == -torch.inf, -1).cpu().numpy(), q.cpu().numpy()
@@ -562,6 +563,18 @@ def single_tokens(x, ids, mask, canon, H, a_text=4):
                            scale=H.scale, softcap=H.softcap)
 
 
+@contextlib.contextmanager
+def between_steps():
+    """Ctrl-C inside fills the list that this gives, so that a run ends between two steps and not in one."""
+    interrupted, main = [], threading.current_thread() is threading.main_thread()
+    old = signal.signal(signal.SIGINT, lambda *_: interrupted.append(1)) if main else None
+    try:
+        yield interrupted
+    finally:
+        if main:
+            signal.signal(signal.SIGINT, old)
+
+
 def train(config, targets=None, on_step=None):
     """Train, write the checkpoint to config.out, return its path (None with show_targets). For experiments:
 
@@ -603,7 +616,6 @@ def train(config, targets=None, on_step=None):
     core = model.get_base_model() if rank else model
     embedder, H = Embedder(core, tok, config.pooling, config.max_length), head(core)
     canon, lengths = torch.from_numpy(words.canon).to(device), np.diff(tokens.start)
-    text = lambda n: tokens.ids[tokens.start[n]:tokens.start[n + 1]]
 
     # ---- training
     params, peak = [p for p in model.parameters() if p.requires_grad], config.lr or (2e-4 if rank else 2e-3)
@@ -615,59 +627,51 @@ def train(config, targets=None, on_step=None):
             raise Error("--resume: expected the corpus of the interrupted run, but its texts have changed")
     B = min(config.batch_size, len(lengths))
     begun, t1 = dict(at), time.time()
-    count = lambda ps: f"{sum(p.numel() for p in ps):,}"
-    print(f"{config.backbone}: {core.config.model_type}, {count(core.parameters())} parameters, {count(params)} "
-          f"learn ({f'LoRA rank {rank}' if rank else 'all but the head'}), {config.attention} attention\n"
-          f"{len(lengths):,} texts, {config.steps} steps of {B} ({config.steps * B / len(lengths):.2f} epochs), "
-          f"rate {peak:g}, {'bfloat16' if bf16 else 'float32'} on {device}, loss by torch")
+    print(f"{sum(p.numel() for p in params):,} weights learn ({f'LoRA rank {rank}' if rank else 'all but head'}), "
+          f"{config.attention} attention, rate {peak:g}; {len(lengths):,} texts, {config.steps} steps of {B}; "
+          f"{'bfloat16' if bf16 else 'float32'} on {device}, loss by torch", flush=True)
 
-    interrupted = []                                                   # Ctrl-C ends a run between two steps
-    if main_thread := threading.current_thread() is threading.main_thread():
-        handler = signal.signal(signal.SIGINT, lambda *_: interrupted.append(1))
-    log, model = open(out / "log.jsonl", "a"), model.train()
-    bar = tqdm(total=config.steps * B, initial=at["step"] * B, unit=" texts", desc="train", smoothing=0.1)
-    while at["step"] < config.steps and not interrupted:
-        # ---------------------------------------------------------------------------------- BEGIN: one step
-        texts, loss = batch_of(at["step"], config.seed, lengths, B), 0.0
-        indices, probs = (torch.from_numpy(a[texts]).to(device) for a in (q.indices, q.probs))   # (B,K) each
-        valid = (indices >= 0).any(1).sum().clamp_min(1)
-        for rows in torch.arange(B).split(config.micro_batch or B):
-            ids, mask = pad([text(n) for n in texts[rows]], tok.pad_token_id, device)
-            with torch.autocast(device, torch.bfloat16, enabled=bf16):
-                x = states(core, ids, mask)                                                      # (B,T,C)
-                h = pool(x, mask, config.pooling)                                                # (B,C)
-                L = linear_vocab_kl(h, H.weight, indices[rows], probs[rows], H.bias, "sum",
-                                    scale=H.scale, softcap=H.softcap) / valid
-                loss += L.item()
-                if config.token_loss:
-                    L = L + config.token_loss * len(rows) / B * single_tokens(x, ids, mask, canon, H)
-            L.backward()
-            at["cells"], at["read"] = at["cells"] + ids.numel(), at["read"] + int(mask.sum())
-        norm = torch.nn.utils.clip_grad_norm_(params, 1.0).item()
-        if not math.isfinite(loss + norm):
-            raise Error(f"step {at['step']}: loss {loss}, gradient norm {norm}: "
-                        f"lower --lr (now {peak:g}), or pass --dtype float32")
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(at["step"], config.steps, peak)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        at["step"] += 1
-        # ------------------------------------------------------------------------------------ END: one step
-        at["seconds"] = begun["seconds"] + time.time() - t1
-        speed = (at["step"] - begun["step"]) * B / (time.time() - t1)
-        log.write(json.dumps({"step": at["step"], "loss": loss, "constant": q.constant, "lr": group["lr"],
-                              "grad_norm": norm, "texts_per_s": round(speed, 1)}) + "\n")
-        log.flush()
-        bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-        bar.update(B)
-        if on_step:
-            on_step(at["step"], embedder)
-        if at["step"] % config.save_every == 0 or at["step"] == config.steps or interrupted:
-            disk.save_state(out, config, model, optimizer, **at)
-    bar.close()
-    log.close()
-    if main_thread:
-        signal.signal(signal.SIGINT, handler)
+    model.train()
+    with between_steps() as interrupted, open(out / "log.jsonl", "a") as log, tqdm(
+            total=config.steps * B, initial=at["step"] * B, unit=" texts", desc="train") as bar:
+        while at["step"] < config.steps and not interrupted:
+            # ------------------------------------------------------------------------------ BEGIN: one step
+            texts, loss = batch_of(at["step"], config.seed, lengths, B), 0.0
+            indices, probs = (torch.from_numpy(a[texts]).to(device) for a in (q.indices, q.probs))   # (B,K)
+            valid = (indices >= 0).any(1).sum().clamp_min(1)
+            for rows in blocks(range(B), config.micro_batch or B):
+                ids, mask = pad([tokens.text(n) for n in texts[rows]], tok.pad_token_id, device)
+                with torch.autocast(device, torch.bfloat16, enabled=bf16):
+                    x = states(core, ids, mask)                                                      # (B,T,C)
+                    h = pool(x, mask, config.pooling)                                                # (B,C)
+                    L = linear_vocab_kl(h, H.weight, indices[rows], probs[rows], H.bias, "sum",
+                                        scale=H.scale, softcap=H.softcap) / valid
+                    loss += L.item()
+                    if config.token_loss:
+                        L = L + config.token_loss * len(rows) / B * single_tokens(x, ids, mask, canon, H)
+                L.backward()
+                at["cells"], at["read"] = at["cells"] + ids.numel(), at["read"] + int(mask.sum())
+            norm = torch.nn.utils.clip_grad_norm_(params, 1.0).item()
+            if not math.isfinite(loss + norm):
+                raise Error(f"step {at['step']}: loss {loss}, gradient norm {norm}: "
+                            f"lower --lr (now {peak:g}), or pass --dtype float32")
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(at["step"], config.steps, peak)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            at["step"] += 1
+            # -------------------------------------------------------------------------------- END: one step
+            at["seconds"] = begun["seconds"] + time.time() - t1
+            speed = (at["step"] - begun["step"]) * B / (time.time() - t1)
+            log.write(json.dumps({"step": at["step"], "loss": loss, "constant": q.constant, "lr": group["lr"],
+                                  "grad_norm": norm, "texts_per_s": round(speed, 1)}) + "\n")
+            log.flush()
+            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+            bar.update(B)
+            if on_step:
+                on_step(at["step"], embedder)
+            if at["step"] % config.save_every == 0 or at["step"] == config.steps or interrupted:
+                disk.save_state(out, config, model, optimizer, **at)
     if at["step"] < config.steps:
         raise KeyboardInterrupt(f"stopped after step {at['step']}: add --resume to the same command to go on")
     return finish(config, model.merge_and_unload() if rank else model, tok, before, t0 - begun["seconds"],
@@ -708,7 +712,7 @@ def finish(config, model, tok, before, t0, loss=None, **facts):
 
 def show_targets(config, tokens, q, words, tok):
     for n in order_of_texts(config.seed, 0, len(q.indices))[:config.show_targets]:
-        text = tok.decode(tokens.ids[tokens.start[n]:tokens.start[n + 1]].tolist(), skip_special_tokens=True)
+        text = tok.decode(tokens.text(n).tolist(), skip_special_tokens=True)
         best = sorted(((p, words.text[v]) for v, p in zip(q.indices[n], q.probs[n]) if v >= 0), reverse=True)
         print(f"\n{text.strip()}\n    {'  '.join(f'{t} {p:.3f}' for p, t in best) or '(no target)'}")
 

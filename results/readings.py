@@ -41,7 +41,7 @@ def readings(backbone, corpus, max_length=128):
     N = len(tokens.start) - 1
     idf = np.log(N / np.maximum(1, tokens.df))
     frequency = np.bincount(tokens.ids, minlength=V) / len(tokens.ids)
-    some = [tok.decode(tokens.ids[tokens.start[n]:tokens.start[n + 1]].tolist(), skip_special_tokens=True)
+    some = [tok.decode(tokens.text(n).tolist(), skip_special_tokens=True)
             for n in t2t.order_of_texts(0, 0, N)[:2048]]
     before, after = tok(t2t.PROMPT[0])["input_ids"], tok(t2t.PROMPT[1], add_special_tokens=False)["input_ids"]
     bare = lambda text: [i for i in t2t.tokenize(tok, [text], max_length)[0] if i not in special]

@@ -50,7 +50,7 @@ def tok(tmp_path_factory):
 def backbone(tok, tmp_path_factory):
     """A folder with a random Llama of width 32 whose embedding is tied to its head."""
     folder = tmp_path_factory.mktemp("backbone")
-    family("llama", len(tok), tie_word_embeddings=True).save_pretrained(folder)
+    family("llama", len(tok), tie_word_embeddings=True, initializer_range=0.3).save_pretrained(folder)
     tok.save_pretrained(folder)
     return folder
 

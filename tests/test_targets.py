@@ -81,7 +81,7 @@ def test_constant_is_the_loss_of_the_best_constant_prediction(tmp_path, monkeypa
     df[[1, 13, 20]] = 2, 1, 1
     rows = [np.array([1, 13]), np.array([1]), np.array([20]), np.array([5])]
     q = build_targets(Config(top_k=3), corpus_of(rows, df, tmp_path), words, None, None)
-    i, p = torch.from_numpy(q.indices[:]).long(), torch.from_numpy(q.probs[:]).double()
+    i, p = torch.from_numpy(np.array(q.indices)).long(), torch.from_numpy(np.array(q.probs)).double()
     dense = torch.zeros(4, 24, dtype=torch.float64).scatter_add_(1, i.where(i >= 0, 23), p)[:3, :23]
     z = torch.zeros(23, dtype=torch.float64, requires_grad=True)   # minimise over constant logits: the oracle
     optimizer = torch.optim.LBFGS([z], max_iter=500, tolerance_grad=1e-12, line_search_fn="strong_wolfe")
@@ -106,7 +106,7 @@ def test_targets_from_a_real_tokenizer(tok, texts_file, backbone):
     assert len(q.indices) == 400
     sums = q.probs.sum(1)
     np.testing.assert_allclose(sums, np.ones(400), rtol=1e-5)        # every sentence has an animal
-    text = tok.decode(tokens.ids[tokens.start[7]:tokens.start[8]].tolist())
+    text = tok.decode(tokens.text(7).tolist())
     inside = set(text.lower().replace(",", " ").replace(".", " ").split())
     assert {words.text[v] for v in q.indices[7] if v >= 0} <= inside
     again = build_targets(config, tokens, words, None, tok)          # from disk
@@ -120,7 +120,7 @@ def test_truncation_is_what_the_model_sees(tok, texts_file):
     assert np.diff(tokens.start).max() == 4
     q = build_targets(Config(corpus=str(texts_file), max_length=4, top_k=8), tokens, words, None, tok)
     for n in (0, 5, 9):
-        seen = set(words.canon[tokens.ids[tokens.start[n]:tokens.start[n + 1]]])
+        seen = set(words.canon[tokens.text(n)])
         assert {v for v in q.indices[n] if v >= 0} <= seen
 
 
@@ -136,8 +136,8 @@ def test_model_targets_are_special_to_the_text(tok, texts_file, backbone, method
     own = q.indices[q.indices >= 0]
     assert (words.canon[own] == own).all()                           # canonical words only
     if method == "model":                                            # against the definition, for one text
-        log_p = lambda n: torch.log_softmax(model(input_ids=torch.tensor(
-            [tokens.ids[tokens.start[n]:tokens.start[n + 1]].astype(int)])).logits[0], -1).mean(0)
+        ids = lambda n: torch.tensor(tokens.text(n).astype(int))[None]
+        log_p = lambda n: torch.log_softmax(model(input_ids=ids(n)).logits[0], -1).mean(0)
         with torch.no_grad():
             s = log_p(3) - torch.stack([log_p(n) for n in range(400)]).mean(0)
         best = max((v for v in range(len(tok)) if words.canon[v] >= 0), key=lambda v: s[v].item())

@@ -55,7 +55,7 @@ def test_learning_rate_by_hand():
 
 # --------------------------------------------------------------------------------------------------- learning
 def test_it_learns_and_the_head_is_frozen(backbone, texts_file, tmp_path):
-    out = train(config(backbone, texts_file, tmp_path / "a", steps=60, lr=3e-3, token_loss=0.0))
+    out = train(config(backbone, texts_file, tmp_path / "a", steps=200, lr=1e-2, token_loss=0.0))
     facts = json.loads((Path(out) / "t2t.json").read_text())
     assert facts["loss"] < facts["constant"] - 0.3              # it reads its input: better than any constant
     before, after = weights(backbone), weights(out)
@@ -67,7 +67,7 @@ def test_it_learns_and_the_head_is_frozen(backbone, texts_file, tmp_path):
         lit = [t for t, _ in e.tokens([f"The {animal} sees the {animal} in the garden."], 5)[0]]
         assert animal in lit, lit
     lines = log(out)
-    assert [r["step"] for r in lines] == list(range(1, 61))
+    assert [r["step"] for r in lines] == list(range(1, 201))
     assert set(lines[0]) == {"step", "loss", "constant", "lr", "grad_norm", "texts_per_s"}
 
 
@@ -169,7 +169,7 @@ def test_ctrl_c_and_kill_leave_a_state(backbone, texts_file, tmp_path, how):
     _, err = run.communicate(timeout=60)
     assert run.returncode == (130 if how == signal.SIGINT else -how)
     if how == signal.SIGINT:
-        assert "--resume goes on" in err and "Traceback" not in err
+        assert "add --resume to the same command" in err and "Traceback" not in err
     state = torch.load(out / "state" / "last.pt", weights_only=True)
     last = log(out)[-1]["step"]
     assert state["position"]["step"] == (last if how == signal.SIGINT else last // 2 * 2)
@@ -197,7 +197,7 @@ def test_resume_with_changed_arguments(backbone, texts_file, tmp_path):
 def checkpoint(backbone, texts_file, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ckpt")
     os.environ["T2T_CACHE"] = str(folder / "cache")
-    return Path(train(config(backbone, texts_file, folder / "ckpt", steps=40, lr=3e-3)))
+    return Path(train(config(backbone, texts_file, folder / "ckpt", steps=200, lr=1e-2)))
 
 
 def relative(a, b):
@@ -246,9 +246,9 @@ def test_sparse_encoder_reads_the_head(checkpoint):
 
 def test_what_is_written_down(checkpoint):
     facts = json.loads((checkpoint / "t2t.json").read_text())
-    assert facts["config"]["seed"] == 42 and facts["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert facts["config"]["seed"] == 42 and facts["versions"]["torch"] == torch.__version__
     assert facts["corpus_hash"] and facts["loss"] and facts["constant"] and facts["texts"] == 400
-    assert 0 <= facts["padding"] < 0.5 and "--lr 0.003" in facts["command"]
+    assert 0 <= facts["padding"] < 0.5 and "--lr 0.01" in facts["command"]
 
 
 # -------------------------------------------------------------------------------------------------- bad input
@@ -292,7 +292,7 @@ def test_bad_input_ends_in_one_line(backbone, texts_file, tmp_path, capsys):
     assert "no text has a single target" in fails(capsys, **good, corpus=str(tmp_path / "dull.txt"))
     good["corpus"] = str(texts_file)
     assert "at most the size of the vocabulary, 500" in fails(capsys, **{**good, "top_k": 501})
-    assert "hub id needs the network" in fails(capsys, **{**good, "backbone": "nobody/nothing"})
+    assert "hub id needs a network" in fails(capsys, **{**good, "backbone": "nobody/nothing"})
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("mine")
     assert "holds thesis.tex" in fails(capsys, **{**good, "out": str(tmp_path / "full")})
@@ -305,7 +305,6 @@ def test_bad_input_ends_in_one_line(backbone, texts_file, tmp_path, capsys):
 
 
 def other_vocabulary(tmp_path):
-    from transformers import AutoTokenizer  # noqa: F401
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
     family("llama", V=77).save_pretrained(tmp_path / "other")
