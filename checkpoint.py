@@ -7,10 +7,13 @@
 
 Files are written beside their place and renamed: a kill at any moment leaves the old ones or the new, whole.
 """
+import contextlib
 import dataclasses
 import json
 import os
 import shutil
+import signal
+import threading
 from pathlib import Path
 
 import torch
@@ -68,6 +71,18 @@ def load_state(out, config, model, optimizer):
     # steps that came after the state are taken, and logged, again
     (out / "log.jsonl").write_text("".join(line + "\n" for line in lines))
     return state["position"]
+
+
+@contextlib.contextmanager
+def between_steps():
+    """Ctrl-C inside fills the list that this gives, so that a run ends between two steps and not in one."""
+    interrupted, main = [], threading.current_thread() is threading.main_thread()
+    old = signal.signal(signal.SIGINT, lambda *_: interrupted.append(1)) if main else None
+    try:
+        yield interrupted
+    finally:
+        if main:
+            signal.signal(signal.SIGINT, old)
 
 
 # ------------------------------------------------------------------------------------ the finished checkpoint

@@ -271,7 +271,7 @@ def read_tokens(source, tok, max_length, V, find_words, vocabulary):
         np.save(folder / "df.npy", df)
         (folder / "hash").write_text(digest.hexdigest())
 
-    folder = cached("tokens", key(fingerprint(source), vocabulary, max_length), write)
+    folder = cached("tokens", key(code(__file__), fingerprint(source), vocabulary, max_length), write)
     return Tokens(np.memmap(folder / "ids", np.uint32, "r"), np.load(folder / "start.npy"),
                   np.load(folder / "df.npy"), (folder / "hash").read_text(), folder)
 
@@ -290,6 +290,11 @@ def blocks(items, n):
 
 def key(*parts):
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=10).hexdigest()
+
+
+def code(file):
+    """A hash of a source file: who edits how targets are made does not get those of before."""
+    return key(Path(file).read_text("utf-8"))
 
 
 def cached(kind, name, write):

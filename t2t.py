@@ -19,14 +19,11 @@ PAPER: marks what the abstract of arXiv 2510.10224 states. OURS: marks a choice 
 equations, hyper-parameters and code could not be read. corpus.py reads texts, checkpoint.py writes folders.
 """
 import argparse
-import contextlib
 import dataclasses
 import functools
 import json
 import math
-import signal
 import sys
-import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,8 +52,8 @@ class Config:
     max_length: int = setting(128, "tokens of a text that the model sees")
     batch_size: int = setting(128, "texts a step")
     micro_batch: int = setting(0, "texts on the device at a time, for the same gradient (0: the whole batch)")
-    steps: int = setting(150, "optimiser steps")
-    lr: float = setting(0.0, "peak learning rate (0: 1e-3 for all weights, 2e-4 for adapters)")
+    steps: int = setting(130, "optimiser steps")
+    lr: float = setting(0.0, "peak learning rate (0: 2e-3 for all weights, 2e-4 for adapters)")
     token_loss: float = setting(1.0, "weight of the loss at single tokens (0: none)")
     lora_rank: int = setting(-1, "of LoRA adapters (0: all weights; -1: 0 below 100 M parameters, else 16)")
     seed: int = setting(42, "of the order of texts and of every random number")
@@ -118,7 +115,7 @@ from torch.utils.checkpoint import checkpoint  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import checkpoint as disk  # noqa: E402
-from corpus import STOP, blocks, cached, key, read_tokens, tokenize  # noqa: E402
+from corpus import STOP, blocks, cached, code, key, read_tokens, tokenize  # noqa: E402
 
 
 # ---------------------------------------------------------------------------------------------------- 1. text
@@ -189,19 +186,17 @@ def build_targets(config, tokens, words, model, tok, rows_of=None):
     N, V, K = len(tokens.start) - 1, len(words.canon), config.top_k
     if K > V:
         raise Error(f"--top-k: expected at most the size of the vocabulary, {V}, got {K}")
-    name = key(str(tokens.folder), config.method, K, config.temperature,
-               config.method != "data" and file_key(config))
-    if rows_of is None:
-        # OURS: `both` is an even mixture, K/2 tokens from each side; a token on both sides has both weights.
-        k = K if config.method != "both" else max(1, K // 2)
-        rows_of = functools.partial(data_targets, words=words, K=k, temperature=config.temperature,
-                                    idf=np.log(N / np.maximum(1, tokens.df)))
-    else:
-        name, k = None, K
+    name = None if rows_of else key(code(__file__), str(tokens.folder), config.method, K, config.temperature,
+                                    config.method != "data" and file_key(config))
 
     def write(folder):
-        parts = [] if config.method == "model" and name else [rows_of]
-        if config.method in ("model", "both") and name:
+        parts = [rows_of] if rows_of else []
+        # OURS: `both` is an even mixture, K/2 tokens from each side; a token on both sides has both weights.
+        k = K if config.method != "both" else max(1, K // 2)
+        if config.method in ("data", "both") and not rows_of:
+            idf = np.log(N / np.maximum(1, tokens.df))
+            parts.append(lambda rows: data_targets(rows, words, idf, k, config.temperature))
+        if config.method in ("model", "both") and not rows_of:
             parts.append(model_targets(config, tokens, words, model, tok, k))
         indices = np.lib.format.open_memmap(folder / "indices.npy", "w+", np.int32, (N, K))
         probs = np.lib.format.open_memmap(folder / "probs.npy", "w+", np.float32, (N, K))
@@ -563,18 +558,6 @@ def single_tokens(x, ids, mask, canon, H, a_text=4):
                            scale=H.scale, softcap=H.softcap)
 
 
-@contextlib.contextmanager
-def between_steps():
-    """Ctrl-C inside fills the list that this gives, so that a run ends between two steps and not in one."""
-    interrupted, main = [], threading.current_thread() is threading.main_thread()
-    old = signal.signal(signal.SIGINT, lambda *_: interrupted.append(1)) if main else None
-    try:
-        yield interrupted
-    finally:
-        if main:
-            signal.signal(signal.SIGINT, old)
-
-
 def train(config, targets=None, on_step=None):
     """Train, write the checkpoint to config.out, return its path (None with show_targets). For experiments:
 
@@ -627,12 +610,12 @@ def train(config, targets=None, on_step=None):
             raise Error("--resume: expected the corpus of the interrupted run, but its texts have changed")
     B = min(config.batch_size, len(lengths))
     begun, t1 = dict(at), time.time()
-    print(f"{sum(p.numel() for p in params):,} weights learn ({f'LoRA rank {rank}' if rank else 'all but head'}), "
-          f"{config.attention} attention, rate {peak:g}; {len(lengths):,} texts, {config.steps} steps of {B}; "
-          f"{'bfloat16' if bf16 else 'float32'} on {device}, loss by torch", flush=True)
+    print(f"{sum(p.numel() for p in params):,} weights learn ({'LoRA' if rank else 'all but the head'}), "
+          f"rate {peak:g}, {config.attention} attention; {len(lengths):,} texts, {config.steps} steps of {B}; "
+          f"{'bfloat16' if bf16 else 'float32'} on {device}; loss by torch", flush=True)
 
     model.train()
-    with between_steps() as interrupted, open(out / "log.jsonl", "a") as log, tqdm(
+    with disk.between_steps() as interrupted, open(out / "log.jsonl", "a") as log, tqdm(
             total=config.steps * B, initial=at["step"] * B, unit=" texts", desc="train") as bar:
         while at["step"] < config.steps and not interrupted:
             # ------------------------------------------------------------------------------ BEGIN: one step
@@ -674,7 +657,8 @@ def train(config, targets=None, on_step=None):
                 disk.save_state(out, config, model, optimizer, **at)
     if at["step"] < config.steps:
         raise KeyboardInterrupt(f"stopped after step {at['step']}: add --resume to the same command to go on")
-    return finish(config, model.merge_and_unload() if rank else model, tok, before, t0 - begun["seconds"],
+    model = model.float().merge_and_unload() if rank else model
+    return finish(config, model, tok, before, t0 - begun["seconds"],
                   loss=json.loads((out / "log.jsonl").read_text().splitlines()[-1])["loss"],
                   constant=q.constant, texts=len(lengths), texts_seen=config.steps * B,
                   corpus_hash=tokens.hash, padding=round(1 - at["read"] / at["cells"], 4))

@@ -1,11 +1,10 @@
-"""What a backbone is worth as an embedder before any training: six ways to read it, and two without a model.
+"""What a backbone is worth as an embedder before any training: five ways to read it, and two without a model.
 
     python results/readings.py --data-dir DIR [--backbone tiny] [--corpus docstrings] [--tasks NAME ...]
 
     mean, last         states of the causal model, averaged or the last one
     prompt             the last state of: This text: "..." means in one word: "
     mean - PC          mean, without the first principal component of mean over 2,048 texts of the corpus
-    echo               the text twice, mean over the second copy (what stands there has seen the whole text)
     head rows          mean of the rows of the head that belong to the text's tokens
     SIF                the same, a row weighted by 1e-3 / (1e-3 + frequency), without its first component
     tf-idf             cosine of tf * idf over the canonical words that t2t.py trains on: pure lexical overlap
@@ -13,6 +12,7 @@
 Frequencies, idf and components come from --corpus, never a task. Writes results/readings-CORPUS.json and .md.
 """
 import argparse
+import functools
 import json
 import sys
 import time
@@ -47,30 +47,25 @@ def readings(backbone, corpus, max_length=128):
     bare = lambda text: [i for i in t2t.tokenize(tok, [text], max_length)[0] if i not in special]
 
     @torch.no_grad()
-    def run(ids, keep, how):
-        """pool the states of ids over the places where keep is 1"""
-        out = np.zeros((len(ids), H.shape[1]), np.float32)
-        order = sorted(range(len(ids)), key=lambda n: -len(ids[n]))
-        for rows in t2t.blocks([n for n in order if ids[n]], 64):
+    def run(ids):
+        """list of n id lists -> mean (n,C) and last (n,C) of their states"""
+        mean, last = np.zeros((2, len(ids), H.shape[1]), np.float32)
+        order = sorted((n for n in range(len(ids)) if ids[n]), key=lambda n: -len(ids[n]))
+        for rows in t2t.blocks(order, 64):
             x, mask = t2t.pad([ids[n] for n in rows], tok.pad_token_id)
-            on, _ = t2t.pad([keep[n] for n in rows], 0)
-            out[rows] = t2t.pool(t2t.states(model, x, mask), on, how).numpy()
-        return out
+            y = t2t.states(model, x, mask)
+            mean[rows], last[rows] = (t2t.pool(y, mask, how).numpy() for how in ("mean", "last"))
+        return mean, last
 
-    def plain(how):
-        def read(texts):
-            ids = t2t.tokenize(tok, texts, max_length)
-            return run(ids, [[1] * len(i) for i in ids], how)
-        return read
+    @functools.lru_cache(8)                            # mean, last and mean - PC read the same states
+    def plain(texts):
+        return run(t2t.tokenize(tok, list(texts), max_length))
+
+    def mean(texts):
+        return plain(tuple(texts))[0]
 
     def prompt(texts):
-        ids = [before + bare(t) + after for t in texts]
-        return run(ids, [[1] * len(i) for i in ids], "last")
-
-    def echo(texts):
-        ids = [bare(t) for t in texts]
-        keep = [[0] * (1 + len(i)) + [1] * len(i) for i in ids]
-        return run([before[:1] + i + i for i in ids], keep, "mean")
+        return run([before + bare(t) + after for t in texts])[1]
 
     def without_pc(read):
         pc = []
@@ -94,8 +89,8 @@ def readings(backbone, corpus, max_length=128):
             np.add.at(out[n], find(np.array(ids, int), [len(ids)])[1], 1)
         return out * idf
 
-    return {"mean": plain("mean"), "last": plain("last"), "prompt": prompt,
-            "mean - PC": without_pc(plain("mean")), "echo": echo, "head rows": rows(np.ones(V)),
+    return {"mean": mean, "last": lambda texts: plain(tuple(texts))[1], "prompt": prompt,
+            "mean - PC": without_pc(mean), "head rows": rows(np.ones(V)),
             "SIF": without_pc(rows(1e-3 / (1e-3 + frequency))), "tf-idf": tf_idf}
 
 
@@ -122,15 +117,16 @@ def main():
     a = p.parse_args()
     tasks = [evaluation.localize(t, a.data_dir) for t in evaluation.pick(a.tasks)]
     t0, table = time.time(), {}
-    for name, read in readings(a.backbone, a.corpus).items():
-        if a.readings and name not in a.readings:
-            continue
-        table[name] = {}
-        for task in tasks:
+    chosen = {k: v for k, v in readings(a.backbone, a.corpus).items() if not a.readings or k in a.readings}
+    for task in tasks:                                 # readings inside: they share states
+        task.load_data()
+        for name, read in chosen.items():
             result = mteb.evaluate(Reading(name, read), [task], cache=None, co2_tracker=False,
                                    show_progress_bar=False)
-            table[name][task.metadata.name] = round(100 * result.task_results[0].get_score(), 2)
-            print(name, task.metadata.name, table[name][task.metadata.name], flush=True)
+            score = round(100 * result.task_results[0].get_score(), 2)
+            table.setdefault(name, {})[task.metadata.name] = score
+            print(name, task.metadata.name, score, flush=True)
+        task.unload_data()
     out = ROOT / "results" / f"readings-{Path(a.corpus).name}"
     facts = {"command": f"python results/readings.py --corpus {Path(a.corpus).name} --data-dir DIR",
              "backbone": Path(a.backbone).name, "seconds": round(time.time() - t0),

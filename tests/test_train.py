@@ -55,7 +55,7 @@ def test_learning_rate_by_hand():
 
 # --------------------------------------------------------------------------------------------------- learning
 def test_it_learns_and_the_head_is_frozen(backbone, texts_file, tmp_path):
-    out = train(config(backbone, texts_file, tmp_path / "a", steps=200, lr=1e-2, token_loss=0.0))
+    out = train(config(backbone, texts_file, tmp_path / "a", steps=300, lr=1e-2, token_loss=0.0))
     facts = json.loads((Path(out) / "t2t.json").read_text())
     assert facts["loss"] < facts["constant"] - 0.3              # it reads its input: better than any constant
     before, after = weights(backbone), weights(out)
@@ -67,7 +67,7 @@ def test_it_learns_and_the_head_is_frozen(backbone, texts_file, tmp_path):
         lit = [t for t, _ in e.tokens([f"The {animal} sees the {animal} in the garden."], 5)[0]]
         assert animal in lit, lit
     lines = log(out)
-    assert [r["step"] for r in lines] == list(range(1, 201))
+    assert [r["step"] for r in lines] == list(range(1, 301))
     assert set(lines[0]) == {"step", "loss", "constant", "lr", "grad_norm", "texts_per_s"}
 
 
@@ -171,8 +171,8 @@ def test_ctrl_c_and_kill_leave_a_state(backbone, texts_file, tmp_path, how):
     if how == signal.SIGINT:
         assert "add --resume to the same command" in err and "Traceback" not in err
     state = torch.load(out / "state" / "last.pt", weights_only=True)
-    last = log(out)[-1]["step"]
-    assert state["position"]["step"] == (last if how == signal.SIGINT else last // 2 * 2)
+    step, last = state["position"]["step"], log(out)[-1]["step"]
+    assert step == last if how == signal.SIGINT else 0 <= last - step <= 3 and step % 2 == 0
     again = cli(*args)                                           # without --resume: refused, nothing is lost
     _, err = again.communicate(timeout=60)
     assert again.returncode == 2 and "add --resume" in err and len(err.splitlines()) == 1
