@@ -72,6 +72,7 @@ def flag(name):
 def parse(argv):
     """Command line -> Config. Runs before any heavy import: --help and a wrong flag answer at once."""
     parser = argparse.ArgumentParser(prog="t2t.py", description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.error = end                                                 # argparse would add its usage
     for f in dataclasses.fields(Config):
         doc, choices = f"{f.metadata['doc']} (default: {f.default!r})", f.metadata["choices"]
         value = {"type": f.type, "default": f.default, "choices": choices}
@@ -142,8 +143,9 @@ def read_vocabulary(tok, V):
     canon, glued, opened, spaced = np.full(V, -1), *np.zeros((3, V), bool)
     text, forms = [""] * V, {}
     raw = tok.convert_ids_to_tokens(list(range(min(V, len(tok)))))     # V may be padded beyond the tokenizer
+    special = set(tok.all_special_ids)
     for v, token in enumerate(raw):
-        if token is None or v in tok.all_special_ids or (token[0] == "<" and token[-1] == ">"):
+        if not token or v in special or (token[0] == "<" and token[-1] == ">"):
             continue
         s = tok.convert_tokens_to_string([token])
         s = " " + s.lstrip() if token[0] in "\u2581\u0120" else s    # sentencepiece decodes without its space
@@ -611,10 +613,10 @@ def train(config, targets=None, on_step=None):
     B = min(config.batch_size, len(lengths))
     begun, t1 = dict(at), time.time()
     print(f"{sum(p.numel() for p in params):,} weights learn ({'LoRA' if rank else 'all but the head'}), "
-          f"rate {peak:g}, {config.attention} attention; {len(lengths):,} texts, {config.steps} steps of {B}; "
+          f"rate {peak:g}, {config.attention}; {len(lengths):,} texts, {config.steps} steps of {B}; "
           f"{'bfloat16' if bf16 else 'float32'} on {device}; loss by torch", flush=True)
 
-    model.train()
+    # OURS: no dropout. The model stays as load_backbone left it, in eval mode.
     with disk.between_steps() as interrupted, open(out / "log.jsonl", "a") as log, tqdm(
             total=config.steps * B, initial=at["step"] * B, unit=" texts", desc="train") as bar:
         while at["step"] < config.steps and not interrupted:
@@ -672,7 +674,6 @@ EXAMPLES = ["A dog runs after a ball in the park.", "The bank raised its interes
 def finish(config, model, tok, before, t0, loss=None, **facts):
     """Write the checkpoint, and show what was learned: the tokens that a text lights up, before and after."""
     from importlib.metadata import version
-    model.eval()
     after = Embedder(model, tok, config.pooling, config.max_length).tokens(EXAMPLES, 8)
     used = dataclasses.asdict(config)
     given = [f"{flag(k)} {v}" for k, v in used.items() if v != Config.__dataclass_fields__[k].default]
