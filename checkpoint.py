@@ -56,7 +56,7 @@ def load_state(out, config, model, optimizer):
     """Put the run back where save_state found it; returns its position. Error if an argument has changed."""
     device = next(model.parameters()).device
     state = torch.load(out / "state" / "last.pt", map_location=device, weights_only=True)
-    was, free = state["config"], ("resume", "save_every", "out")
+    was, free = state["config"], ("resume", "save_every", "out", "micro_batch")
     changed = [f"--{k.replace('_', '-')} {v} (was {was.get(k)})"
                for k, v in dataclasses.asdict(config).items() if v != was.get(k) and k not in free]
     if changed:

@@ -15,6 +15,7 @@ import json
 import os
 import re
 import shutil
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -60,7 +61,7 @@ class Counts:
 def texts(source, counts=None):
     """Yield the texts of SOURCE once each: whitespace becomes single spaces, case variants are one text."""
     counts = Counts() if counts is None else counts
-    seen = set()                                     # 8 bytes a text, not the text
+    seen = set()                                     # a digest a text, not the text
     for text in read(source):
         counts.read += 1
         text = " ".join(text.split())
@@ -84,8 +85,14 @@ def fingerprint(source):
     if source.startswith("hub:"):
         return source
     path = Path(source)
-    files = sorted(f for f in path.rglob("*") if f.name.endswith(SUFFIXES)) if path.is_dir() else [path]
-    return [(str(f.absolute()), f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.exists()]
+    return stamps(path, SUFFIXES)
+
+
+def stamps(path, suffixes=(".safetensors", ".bin")):
+    """Path, size and time of a file, or of the files of such a kind below a folder; of a hub id, its name."""
+    files = sorted(f for f in Path(path).rglob("*") if f.name.endswith(suffixes)) or [Path(path)]
+    known = [(f, f.stat()) for f in files if f.is_file()]
+    return [str(path)] + [(str(f.absolute()), s.st_size, s.st_mtime_ns) for f, s in known]
 
 
 def read(source):
@@ -94,7 +101,7 @@ def read(source):
     if source == "docstrings":
         return docstrings()
     if source.startswith("hub:"):
-        return hub(*source[4:].split(":"))
+        return hub(*source[4:].split(":", 1))
     path = Path(source)
     if path.is_dir():
         files = sorted(f for f in path.rglob("*") if f.name.endswith(SUFFIXES) and f.is_file())
@@ -132,7 +139,7 @@ def read_file(path):
         except (KeyError, TypeError):
             raise Error(f'--corpus: expected {{"text": "..."}}, '
                         f'but {path} line {n} has no such string') from None
-        except (gzip.BadGzipFile, EOFError) as e:
+        except (gzip.BadGzipFile, EOFError, zlib.error) as e:
             raise Error(f"--corpus: expected gzip, but {path} is damaged after line {n} ({e})") from None
 
 
@@ -309,7 +316,8 @@ def cached(kind, name, write):
         beside.mkdir(parents=True)
         try:
             write(beside)
-            beside.rename(folder)
+            if not folder.exists():                  # another run may have been faster
+                beside.rename(folder)
         finally:
             shutil.rmtree(beside, ignore_errors=True)
     return folder

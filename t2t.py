@@ -51,8 +51,8 @@ class Config:
     temperature: float = setting(1.0, "of the target distribution: lower is sharper")
     max_length: int = setting(128, "tokens of a text that the model sees")
     batch_size: int = setting(128, "texts a step")
-    micro_batch: int = setting(0, "texts on the device at a time, for the same gradient (0: the whole batch)")
-    steps: int = setting(130, "optimiser steps")
+    micro_batch: int = setting(32, "texts on the device at a time, the same gradient (0: the whole batch)")
+    steps: int = setting(110, "optimiser steps")
     lr: float = setting(0.0, "peak learning rate (0: 2e-3 for all weights, 2e-4 for adapters)")
     token_loss: float = setting(1.0, "weight of the loss at single tokens (0: none)")
     lora_rank: int = setting(-1, "of LoRA adapters (0: all weights; -1: 0 below 100 M parameters, else 16)")
@@ -65,8 +65,7 @@ class Config:
     show_targets: int = setting(0, "print this many texts with their targets and exit")
 
 
-def flag(name):
-    return "--" + name.replace("_", "-")
+flag = lambda name: "--" + name.replace("_", "-")
 
 
 def parse(argv):
@@ -92,6 +91,10 @@ def check(config):
             raise Error(f"{flag(f.name)}: expected {least[f.name]} or more, got {value}")
     if config.method in ("simcse", "mntp"):
         raise Error(f"--method {config.method}: expected data, model, both or none: it is not built yet")
+    if config.method == "both" and config.top_k < 2:
+        raise Error(f"--top-k: expected 2 or more for both kinds of target, got {config.top_k}")
+    if config.method == "none" and config.show_targets:
+        raise Error("--show-targets: expected a method that has targets, got none")
     if config.impl == "ext":
         raise Error("--impl ext: expected auto or torch: the compiled loss is not built yet")
     return config
@@ -116,15 +119,12 @@ from torch.utils.checkpoint import checkpoint  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import checkpoint as disk  # noqa: E402
-from corpus import STOP, blocks, cached, code, key, read_tokens, tokenize  # noqa: E402
+from corpus import STOP, blocks, cached, code, key, read_tokens, stamps, tokenize  # noqa: E402
 
 
 # ---------------------------------------------------------------------------------------------------- 1. text
-# corpus.read_tokens streams the corpus once, through `tokenize`, and leaves on disk, memory-mapped:
-#   ids (total,)   the tokens of all texts, one after the other, each cut to what the model will see of it
-#   start (N+1,)   text n is ids[start[n]:start[n+1]]
-#   df (V,)        in how many texts each word stands
-# What is a word? One table over the vocabulary answers, built from the vocabulary alone:
+# corpus.read_tokens streams the corpus through the tokenizer once, to disk: the ids of all texts, cut to what
+# the model will see, and df (V,), in how many texts a word stands. What is a word? The vocabulary alone tells:
 
 class Words(NamedTuple):
     canon: np.ndarray       # (V,) int64  the one id for all case and space variants of a word; -1: not a word
@@ -161,7 +161,8 @@ def read_vocabulary(tok, V):
         best = min(ids, key=lambda v: (not spaced[v], text[v] != word, v))
         if not glued[best]:
             canon[ids] = best
-    return Words(canon, glued, opened, text, key(raw, canon.tolist()))
+    how = getattr(tok, "backend_tokenizer", None)
+    return Words(canon, glued, opened, text, key(code(__file__), raw, how and how.to_str()))
 
 
 def find_words(words, flat, lengths):
@@ -183,22 +184,22 @@ class Targets(NamedTuple):
     constant: float         # mean_b KL(q_b || mean of all q), the best constant prediction: the honest zero
 
 
-def build_targets(config, tokens, words, model, tok, rows_of=None):
-    """q for every text of the corpus, memory-mapped. `rows_of` replaces the method's own: see `train`."""
+def build_targets(config, tokens, words, model, tok, custom=None):
+    """q for every text of the corpus, memory-mapped. `custom` replaces the method's own: see `train`."""
     N, V, K = len(tokens.start) - 1, len(words.canon), config.top_k
     if K > V:
         raise Error(f"--top-k: expected at most the size of the vocabulary, {V}, got {K}")
-    name = None if rows_of else key(code(__file__), str(tokens.folder), config.method, K, config.temperature,
-                                    config.method != "data" and file_key(config))
+    name = None if custom else key(code(__file__), str(tokens.folder), config.method, K, config.temperature,
+                                   config.method != "data" and [config.seed, stamps(resolve(config.backbone))])
 
     def write(folder):
-        parts = [rows_of] if rows_of else []
+        parts = [custom] if custom else []                             # functions(rows) -> (n,k), (n,k)
         # OURS: `both` is an even mixture, K/2 tokens from each side; a token on both sides has both weights.
         k = K if config.method != "both" else max(1, K // 2)
-        if config.method in ("data", "both") and not rows_of:
+        if config.method in ("data", "both") and not custom:
             idf = np.log(N / np.maximum(1, tokens.df))
             parts.append(lambda rows: data_targets(rows, words, idf, k, config.temperature))
-        if config.method in ("model", "both") and not rows_of:
+        if config.method in ("model", "both") and not custom:
             parts.append(model_targets(config, tokens, words, model, tok, k))
         indices = np.lib.format.open_memmap(folder / "indices.npy", "w+", np.int32, (N, K))
         probs = np.lib.format.open_memmap(folder / "probs.npy", "w+", np.float32, (N, K))
@@ -209,8 +210,8 @@ def build_targets(config, tokens, words, model, tok, rows_of=None):
             i, p = (np.concatenate(x, 1) for x in zip(*(part(rows) for part in parts)))
             p = p / np.maximum(p.sum(1, keepdims=True), 1e-30)
             i, p = (x.numpy() for x in merge(torch.from_numpy(i), torch.from_numpy(p)))
-            pad = ((0, 0), (0, K - i.shape[1]))
-            indices[block], probs[block] = np.pad(i, pad, constant_values=-1), np.pad(p, pad)
+            width = ((0, 0), (0, K - i.shape[1]))
+            indices[block], probs[block] = np.pad(i, width, constant_values=-1), np.pad(p, width)
             mean += np.bincount(i[i >= 0], p[i >= 0], V)
             plogp += (p * np.log(np.maximum(p, 1e-30))).sum(dtype=np.float64)
             valid += (i >= 0).any(1).sum()
@@ -238,10 +239,11 @@ def data_targets(rows, words, idf, K, temperature):
     text, word = find_words(words, np.concatenate(rows), [len(r) for r in rows])
     pairs, tf = np.unique(text * V + word, return_counts=True)             # each word of each text once
     text, word = pairs // V, pairs % V
-    weight = (tf * np.maximum(idf[word], 1e-3)) ** (1 / temperature)
+    weight = tf * np.maximum(idf[word], 1e-3)
     order = np.lexsort((word, -weight, text))                          # by text, heaviest first, ties by id
     text, word, weight = text[order], word[order], weight[order]
-    rank = np.arange(len(text)) - np.searchsorted(text, text)              # place within its text
+    first = np.searchsorted(text, text)                                # (pairs,) where its text begins
+    rank, weight = np.arange(len(text)) - first, (weight / weight[first]) ** (1 / temperature)
     text, word, weight, rank = (x[rank < K] for x in (text, word, weight, rank))
     indices, probs = np.full((n, K), -1, np.int32), np.zeros((n, K), np.float32)
     indices[text, rank] = word
@@ -278,26 +280,25 @@ def model_targets(config, tokens, words, model, tok, K, sample=2048):
     def rows_of(rows):
         s = torch.stack([log_p(row) for row in rows]) - expected.float()   # (n,V)
         s.masked_fill_(canon < 0, -torch.inf)
-        to = canon.clamp_min(0).expand_as(s)
-        s = torch.full_like(s, -torch.inf).scatter_reduce_(1, to, s, "amax")    # the best variant is it
+        to = canon.clamp_min(0).expand_as(s)                           # a word scores as its best variant
+        s = torch.full_like(s, -torch.inf).scatter_reduce_(1, to, s, "amax")
         s, i = s.topk(K, 1)
         q = F.softmax(s / config.temperature, 1).masked_fill(s == -torch.inf, 0)
         return i.int().masked_fill(s == -torch.inf, -1).cpu().numpy(), q.cpu().numpy()
     return rows_of
 
 
-def file_key(config):
-    files = sorted(Path(config.backbone).glob("*.safetensors"))
-    return [config.backbone, config.seed] + [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-
-
 # ------------------------------------------------------------------------------------------------ 3. embedder
-def load_backbone(name, attention, dtype=torch.float32):
+def resolve(name):
+    """tiny, the embedded default, is found from any folder."""
+    return str(Path(__file__).parent / "tiny") if name == "tiny" and not Path(name).exists() else name
+
+
+def load_backbone(name, attention, dtype=torch.float32, option="--backbone"):
     """folder or hub id -> (causal language model, tokenizer), proved to have the attention asked for."""
     import transformers
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-    if name == "tiny" and not Path(name).exists():
-        name = str(Path(__file__).parent / "tiny")                     # the embedded default, from any folder
+    name = resolve(name)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     where = f"folder {name}" if Path(name).exists() else f"{name} (no such folder; a hub id needs a network)"
@@ -311,13 +312,13 @@ def load_backbone(name, attention, dtype=torch.float32):
         raise
     except Exception as e:                                             # each library has types of its own
         why = " ".join(str(e).split())[:200]
-        raise Error(f"--backbone: expected a causal language model; {where} can not be read: {why}") from None
+        raise Error(f"{option}: expected a causal language model; {where} can not be read: {why}") from None
     rows, missing = len(model.get_input_embeddings().weight), sorted(info["missing_keys"])
     if missing:
-        raise Error(f"--backbone: expected a whole causal language model, but {where} lacks {missing[0]} and "
+        raise Error(f"{option}: expected a whole causal language model, but {where} lacks {missing[0]} and "
                     f"{len(missing) - 1} other weights: an encoder, or a damaged download?")
     if len(tok) > rows:
-        raise Error(f"--backbone: expected a tokenizer that fits the model, but in {where} it has {len(tok)} "
+        raise Error(f"{option}: expected a tokenizer that fits the model, but in {where} it has {len(tok)} "
                     f"entries and the embedding {rows}")
     if tok.pad_token_id is None:
         tok.pad_token = tok.eos_token or tok.convert_ids_to_tokens(0)      # never attended to: any id will do
@@ -330,10 +331,10 @@ def prove_attention(model, attention):
     """Change the last token: does the first state move? Asked of one text alone, and of one with padding.
 
     Some architectures take the switch `is_causal = False` and stay causal: poor embeddings, silently."""
-    a, b = torch.tensor([[[5, 6, 7, 8]], [[5, 6, 7, 9]]], device=model.device)
-    for pad in (0, 2):
-        mask = F.pad(torch.ones_like(a), (0, pad))
-        first = [states(model, F.pad(x, (0, pad)), mask)[0, 0].float() for x in (a, b)]
+    a, b = torch.tensor([[[5, 6, 7, 8]], [[5, 6, 7, 9]]], device=model.device)                     # (1,4)
+    for extra in (0, 2):
+        mask = F.pad(torch.ones_like(a), (0, extra))
+        first = [states(model, F.pad(x, (0, extra)), mask)[0, 0].float() for x in (a, b)]
         sees = not torch.allclose(*first, rtol=1e-4, atol=1e-6)
         if sees and attention == "causal":
             raise Error(f"--backbone: expected a decoder, but in {model.config.model_type} the first token "
@@ -492,8 +493,8 @@ def check_targets(name, rows, V, indices, probs, reduction, impl, check):
     expect(impl in ("auto", "torch"), "impl", "auto or torch", impl)
     got = tuple(rows.shape), rows.dtype
     expect(rows.ndim == 2 and rows.is_floating_point(), name, "a floating-point matrix", got)
-    shape = tuple(indices.shape)
-    expect(indices.ndim == 2 and len(indices) == len(rows), "indices", f"({len(rows)}, K)", shape)
+    shape, N = tuple(indices.shape), len(rows)
+    expect(indices.ndim == 2 and shape[0] == N and shape[1] > 0, "indices", f"({N}, K), K > 0", shape)
     expect(indices.dtype in (torch.int32, torch.int64), "indices", "int32 or int64", indices.dtype)
     expect(probs.shape == indices.shape, "probs", f"{shape}, as indices", tuple(probs.shape))
     expect(probs.is_floating_point(), "probs", "a floating-point type", probs.dtype)
@@ -549,22 +550,23 @@ def make_trainable(model, rank):
 
 
 def single_tokens(x, ids, mask, canon, H, a_text=4):
-    """The same loss where text and target are one token: x_t predicts token t, at some four places a text.
+    """The same loss where text and target are one token: x_t predicts token t, at up to four places a text.
 
     OURS: the mean of many states can fit a text's targets while each single state forgets its word; such
-    embeddings know the topic and lose the words. x (B,T,C), ids and mask (B,T), canon (V,) -> ()"""
-    at = ((canon[ids] >= 0) & (mask > 0)).nonzero()                    # (M,2) the places of words
-    b, t = at[::max(1, len(at) // (a_text * len(ids)))].unbind(1)
+    embeddings know the topic and lose the words. x (B,T,C), ids and mask (B,T), canon (V,) -> (), a sum."""
+    word = (canon[ids] >= 0) & (mask > 0)                              # (B,T), all pieces of split words
+    every = -(-word.sum(1, keepdim=True) // a_text).clamp(max=-1)      # (B,1) take each n-th word of a text
+    b, t = (word & ((word.cumsum(1) - 1) % every == 0)).nonzero(as_tuple=True)
     one = torch.ones(len(b), 1, device=x.device)
-    return linear_vocab_kl(x[b, t], H.weight, canon[ids[b, t]][:, None], one, H.bias, check=False,
-                           scale=H.scale, softcap=H.softcap)
+    return linear_vocab_kl(x[b, t], H.weight, canon[ids[b, t]][:, None], one, H.bias, "sum", check=False,
+                           scale=H.scale, softcap=H.softcap) / a_text
 
 
 def train(config, targets=None, on_step=None):
     """Train, write the checkpoint to config.out, return its path (None with show_targets). For experiments:
 
-    targets: function(list of n id arrays) -> indices (n,K) int32, probs (n,K) float32, not the method's.
-    on_step: function(step, embedder), called after every step."""
+    targets: function(list of n id arrays) -> indices (n,K), probs (n,K), in place of the method's own
+    on_step: function(step, embedder), called after every step"""
     t0, out = time.time(), Path(check(config).out)
     if not config.show_targets:
         disk.start_folder(out, config.resume)
@@ -576,7 +578,7 @@ def train(config, targets=None, on_step=None):
     torch.manual_seed(config.seed)
 
     # ---- text and targets, by the backbone as it was pretrained
-    model, tok = load_backbone(config.backbone, "causal")
+    model, tok = load_backbone(config.backbone, "causal", torch.bfloat16 if bf16 else torch.float32)
     V = len(head(model.to(device)).weight)
     words = read_vocabulary(tok, V)
     if config.method != "none":
@@ -592,20 +594,21 @@ def train(config, targets=None, on_step=None):
     rank = config.lora_rank if config.lora_rank >= 0 else 0 if small else 16
     del model
     frozen = torch.bfloat16 if rank and bf16 else torch.float32        # what does not learn needs no more
-    model = load_backbone(config.init or config.backbone, config.attention, frozen)[0].to(device)
+    option = "--init" if config.init else "--backbone"                 # again, with the attention to train
+    model = load_backbone(config.init or config.backbone, config.attention, frozen, option)[0].to(device)
     if len(head(model).weight) != V:
         raise Error(f"--init: expected a checkpoint made from {config.backbone}, got another vocabulary")
     if config.method == "none":
         return finish(config, model, tok, before, t0)
     model = make_trainable(model, rank)
-    core = model.get_base_model() if rank else model
+    core = model.get_base_model() if rank else model                   # without the wrapper of the adapters
     embedder, H = Embedder(core, tok, config.pooling, config.max_length), head(core)
     canon, lengths = torch.from_numpy(words.canon).to(device), np.diff(tokens.start)
 
     # ---- training
     params, peak = [p for p in model.parameters() if p.requires_grad], config.lr or (2e-4 if rank else 2e-3)
     optimizer = torch.optim.AdamW(params, lr=peak, betas=(0.9, 0.98), weight_decay=0.01)
-    at = {"step": 0, "seconds": 0.0, "cells": 0, "read": 0, "corpus": tokens.hash}
+    at = {"step": 0, "seconds": 0.0, "cells": 0, "read": 0, "corpus": tokens.hash}     # cells: with padding
     if config.resume:
         at = disk.load_state(out, config, model, optimizer)
         if at["corpus"] != tokens.hash:
@@ -617,8 +620,9 @@ def train(config, targets=None, on_step=None):
           f"{'bfloat16' if bf16 else 'float32'} on {device}; loss by torch", flush=True)
 
     # OURS: no dropout. The model stays as load_backbone left it, in eval mode.
-    with disk.between_steps() as interrupted, open(out / "log.jsonl", "a") as log, tqdm(
-            total=config.steps * B, initial=at["step"] * B, unit=" texts", desc="train") as bar:
+    log = open(out / "log.jsonl", "a" if config.resume else "w")
+    bar = tqdm(total=config.steps * B, initial=at["step"] * B, unit=" texts", desc="train")
+    with disk.between_steps() as interrupted, log, bar:
         while at["step"] < config.steps and not interrupted:
             # ------------------------------------------------------------------------------ BEGIN: one step
             texts, loss = batch_of(at["step"], config.seed, lengths, B), 0.0
@@ -633,13 +637,13 @@ def train(config, targets=None, on_step=None):
                                         scale=H.scale, softcap=H.softcap) / valid
                     loss += L.item()
                     if config.token_loss:
-                        L = L + config.token_loss * len(rows) / B * single_tokens(x, ids, mask, canon, H)
+                        L = L + config.token_loss / B * single_tokens(x, ids, mask, canon, H)
                 L.backward()
                 at["cells"], at["read"] = at["cells"] + ids.numel(), at["read"] + int(mask.sum())
             norm = torch.nn.utils.clip_grad_norm_(params, 1.0).item()
             if not math.isfinite(loss + norm):
                 raise Error(f"step {at['step']}: loss {loss}, gradient norm {norm}: "
-                            f"lower --lr (now {peak:g}), or pass --dtype float32")
+                            f"start again with a lower --lr (now {peak:g}), or --dtype float32")
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(at["step"], config.steps, peak)
             optimizer.step()
@@ -659,7 +663,7 @@ def train(config, targets=None, on_step=None):
                 disk.save_state(out, config, model, optimizer, **at)
     if at["step"] < config.steps:
         raise KeyboardInterrupt(f"stopped after step {at['step']}: add --resume to the same command to go on")
-    model = model.float().merge_and_unload() if rank else model
+    model = model.cpu().float().merge_and_unload() if rank else model
     return finish(config, model, tok, before, t0 - begun["seconds"],
                   loss=json.loads((out / "log.jsonl").read_text().splitlines()[-1])["loss"],
                   constant=q.constant, texts=len(lengths), texts_seen=config.steps * B,
@@ -676,7 +680,8 @@ def finish(config, model, tok, before, t0, loss=None, **facts):
     from importlib.metadata import version
     after = Embedder(model, tok, config.pooling, config.max_length).tokens(EXAMPLES, 8)
     used = dataclasses.asdict(config)
-    given = [f"{flag(k)} {v}" for k, v in used.items() if v != Config.__dataclass_fields__[k].default]
+    given = [f"{flag(k)} {v}" for k, v in used.items()
+             if v != Config.__dataclass_fields__[k].default and k != "resume"]
     facts = {"command": " ".join(["python t2t.py", *given]), "loss": loss, **facts, "config": used,
              "seconds": round(time.time() - t0, 1), "device": str(model.device),
              "threads": torch.get_num_threads(),
@@ -689,7 +694,7 @@ def finish(config, model, tok, before, t0, loss=None, **facts):
     for text, old, new in zip(EXAMPLES, before, after):
         print(f"{text}\n    before   {line(old)}\n    after    {line(new)}")
     if loss is not None:
-        print(f"\nloss {loss:.3f} nats (best constant prediction {facts['constant']:.3f}), "
+        print(f"\nloss of the last step {loss:.3f} nats (best constant prediction {facts['constant']:.3f}), "
               f"{facts['padding']:.0%} padding, {facts['seconds']:.0f} s in all")
     print(f"{config.out}/ is ready:  SentenceTransformer({config.out!r})  or  python eval.py {config.out}")
     return config.out
@@ -708,13 +713,14 @@ def main(config):
     except Error as e:
         end(e)
     except KeyboardInterrupt as e:
-        end(str(e) or "interrupted before the first step", 130)
+        end(str(e) or f"interrupted; if {config.out}/state/last.pt exists, --resume goes on from there", 130)
     except OSError as e:
         end(f"expected to read and write files, but {e.filename or config.out}: {e.strerror or e}")
     except RuntimeError as e:
         if "out of memory" not in str(e) and "not enough memory" not in str(e):
             raise
-        end(f"out of memory: lower --micro-batch (now {config.micro_batch or config.batch_size})")
+        micro = min(config.micro_batch or config.batch_size, config.batch_size)
+        end(f"out of memory: lower --micro-batch (now {micro}), or --max-length (now {config.max_length})")
 
 
 if __name__ == "__main__":

@@ -157,7 +157,7 @@ def test_frozen_weight_gets_no_gradient():
     (dict(indices=torch.tensor([[0, 50]])), "indices: expected -1 to V - 1 = 49, got 0 to 50"),
     (dict(indices=torch.tensor([[-2, 0]])), "indices: expected -1 to V - 1"),
     (dict(indices=torch.tensor([[0.0, 1.0]])), "indices: expected int32 or int64, got torch.float32"),
-    (dict(indices=torch.tensor([[0, 1], [0, 1]])), r"indices: expected \(1, K\), got \(2, 2\)"),
+    (dict(indices=torch.tensor([[0, 1], [0, 1]])), r"indices: expected \(1, K\), K > 0, got \(2, 2\)"),
     (dict(probs=torch.tensor([[0.5]])), r"probs: expected \(1, 2\), as indices, got \(1, 1\)"),
     (dict(probs=torch.tensor([[0.5, -0.1]])), "probs: expected finite and not negative, got"),
     (dict(probs=torch.tensor([[0.5, math.nan]])), "probs: expected finite and not negative, got"),
