@@ -124,7 +124,7 @@ from corpus import STOP, blocks, cached, code, key, read_tokens, stamps, tokeniz
 
 # ---------------------------------------------------------------------------------------------------- 1. text
 # corpus.read_tokens streams the corpus through the tokenizer once, to disk: the ids of all texts, cut to what
-# the model will see, and df (V,), in how many texts a word stands. What is a word? The vocabulary alone tells:
+# the model will see, and df (V,), in how many texts a word stands. What is a word? The vocabulary tells:
 
 class Words(NamedTuple):
     canon: np.ndarray       # (V,) int64  the one id for all case and space variants of a word; -1: not a word
