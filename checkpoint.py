@@ -52,7 +52,7 @@ def save_state(out, config, model, optimizer, **position):
     os.replace(f"{file}.new", file)
 
 
-def load_state(out, config, model, optimizer):
+def load_state(out, config, model, optimizer, corpus_hash):
     """Put the run back where save_state found it; returns its position. Error if an argument has changed."""
     device = next(model.parameters()).device
     state = torch.load(out / "state" / "last.pt", map_location=device, weights_only=True)
@@ -61,6 +61,8 @@ def load_state(out, config, model, optimizer):
                for k, v in dataclasses.asdict(config).items() if v != was.get(k) and k not in free]
     if changed:
         raise Error(f"--resume: expected the arguments of the interrupted run, got {', '.join(changed)}")
+    if state["position"]["corpus"] != corpus_hash:
+        raise Error("--resume: expected the corpus of the interrupted run, but its texts have changed")
     with torch.no_grad():
         for name, p in model.named_parameters():
             if p.requires_grad:

@@ -59,7 +59,7 @@ class Config:
     seed: int = setting(42, "of the order of texts and of every random number")
     device: str = setting("auto", "where to train", ["auto", "cpu", "cuda"])
     dtype: str = setting("auto", "of arithmetic (auto: bfloat16 on a GPU)", ["auto", "float32", "bfloat16"])
-    impl: str = setting("auto", "of the loss", ["auto", "torch", "ext"])
+    impl: str = setting("auto", "of the loss", ["auto", "torch"])
     save_every: int = setting(50, "steps between the states from which --resume goes on")
     resume: bool = setting(False, "go on with the interrupted run in --out")
     show_targets: int = setting(0, "print this many texts with their targets and exit")
@@ -95,8 +95,6 @@ def check(config):
         raise Error(f"--top-k: expected 2 or more for both kinds of target, got {config.top_k}")
     if config.method == "none" and config.show_targets:
         raise Error("--show-targets: expected a method that has targets, got none")
-    if config.impl == "ext":
-        raise Error("--impl ext: expected auto or torch: the compiled loss is not built yet")
     return config
 
 
@@ -189,8 +187,8 @@ def build_targets(config, tokens, words, model, tok, custom=None):
     N, V, K = len(tokens.start) - 1, len(words.canon), config.top_k
     if K > V:
         raise Error(f"--top-k: expected at most the size of the vocabulary, {V}, got {K}")
-    name = None if custom else key(code(__file__), str(tokens.folder), config.method, K, config.temperature,
-                                   config.method != "data" and [config.seed, stamps(resolve(config.backbone))])
+    name = None if custom else key(code(__file__), str(tokens.folder), stamps(resolve(config.backbone)),
+                                   config.method, K, config.temperature, config.seed)
 
     def write(folder):
         parts = [custom] if custom else []                             # functions(rows) -> (n,k), (n,k)
@@ -610,9 +608,7 @@ def train(config, targets=None, on_step=None):
     optimizer = torch.optim.AdamW(params, lr=peak, betas=(0.9, 0.98), weight_decay=0.01)
     at = {"step": 0, "seconds": 0.0, "cells": 0, "read": 0, "corpus": tokens.hash}     # cells: with padding
     if config.resume:
-        at = disk.load_state(out, config, model, optimizer)
-        if at["corpus"] != tokens.hash:
-            raise Error("--resume: expected the corpus of the interrupted run, but its texts have changed")
+        at = disk.load_state(out, config, model, optimizer, tokens.hash)
     B = min(config.batch_size, len(lengths))
     begun, t1 = dict(at), time.time()
     print(f"{sum(p.numel() for p in params):,} weights learn ({'LoRA' if rank else 'all but the head'}), "
