@@ -2,9 +2,9 @@
 
     python results/speed.py [--rounds 3] [--steps 6]
 
-Same backbone (tiny/, bidirectional, mean pooling, 128 tokens, float32), texts (docstrings) and batch (128), all
-weights. The two take turns, and the first step of each turn is left out. SimCSE encodes every text twice, to get
-its positives; t2t encodes it once, adds the head, and batches texts of like length. Writes results/speed.json.
+Same backbone (tiny/, bidirectional, mean pooling, 128 tokens, float32), texts (docstrings), batch (128), all
+weights. The two take turns; the first step of each turn is left out. SimCSE encodes every text twice, to get
+its positives; t2t encodes it once, adds the head, and batches like lengths. Writes results/speed.json.
 """
 import argparse
 import json
