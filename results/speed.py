@@ -72,7 +72,7 @@ def main():
             seconds["t2t"] += ours(folder, a.steps)
     rate = {k: {"median": round(B / statistics.median(s), 1), "best": round(B / min(s), 1)}
             for k, s in seconds.items()}
-    facts = {"command": "python results/speed.py", "texts_per_s": rate, "n_steps": len(seconds["t2t"]),
+    facts = {"command": " ".join(["python", *sys.argv]), "texts_per_s": rate, "n_steps": len(seconds["t2t"]),
              "ratio_of_medians": round(rate["t2t"]["median"] / rate["simcse"]["median"], 2),
              "load": os.getloadavg()[0], "threads": torch.get_num_threads(), "torch": torch.__version__}
     (ROOT / "results" / "speed.json").write_text(json.dumps(facts, indent=1) + "\n")
