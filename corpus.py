@@ -304,10 +304,13 @@ def code(file):
     return key(Path(file).read_text("utf-8"))
 
 
+def place(kind, name):
+    return Path(os.environ.get("T2T_CACHE", Path.home() / ".cache" / "text2token")) / f"{kind}-{name}"
+
+
 def cached(kind, name, write):
     """The folder that write(folder) fills, made once, beside its place, then renamed: never half-written."""
-    root = Path(os.environ.get("T2T_CACHE", Path.home() / ".cache" / "text2token"))
-    folder = root / f"{kind}-{name or os.getpid()}"
+    folder = place(kind, name or os.getpid())
     if name is None:                                 # an experiment's own, not to be found again
         shutil.rmtree(folder, ignore_errors=True)
     if not folder.exists():

@@ -59,7 +59,7 @@ class Config:
     seed: int = setting(42, "of the order of texts and of every random number")
     device: str = setting("auto", "where to train", ["auto", "cpu", "cuda"])
     dtype: str = setting("auto", "of arithmetic (auto: bfloat16 on a GPU)", ["auto", "float32", "bfloat16"])
-    impl: str = setting("auto", "of the loss", ["auto", "torch"])
+    impl: str = setting("auto", "of the loss: ext is csrc/ compiled, auto ext if it can be", ["auto", "torch", "ext"])
     save_every: int = setting(50, "steps between the states from which --resume goes on")
     resume: bool = setting(False, "go on with the interrupted run in --out")
     show_targets: int = setting(0, "print this many texts with their targets and exit")
@@ -116,6 +116,7 @@ import torch.nn.functional as F  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
+import build_ext  # noqa: E402
 import checkpoint as disk  # noqa: E402
 from corpus import STOP, blocks, cached, code, key, read_tokens, stamps, tokenize  # noqa: E402
 
@@ -429,6 +430,20 @@ class Embedder:
 
 
 # ---------------------------------------------------------------------------------------------------- 4. loss
+# Each operation stands here as a few lines of torch, its specification, and in csrc/ compiled, at the speed of memory.
+REDUCTIONS = ["none", "mean", "sum"]
+
+
+@torch.compiler.assume_constant_result
+def compiled(impl, device="cpu"):
+    """Whether the extension serves this call. "ext" builds it if need be, "auto" takes it if it is there."""
+    ext = None if impl == "torch" else build_ext.load(build=impl == "ext")
+    here = ext is not None and (device != "cuda" or ext.cuda)
+    if impl == "ext" and not here:
+        raise ValueError("impl: expected auto or torch: this build of the extension has no CUDA, got ext")
+    return here
+
+
 def vocab_kl(logits, indices, probs, reduction="mean", impl="auto", inplace=False, check=None):
     """KL divergence of sparse targets from softmax(logits), in nats:
 
@@ -437,8 +452,14 @@ def vocab_kl(logits, indices, probs, reduction="mean", impl="auto", inplace=Fals
     logits (N,V), indices (N,K) int, probs (N,K) -> () for "mean" and "sum", (N,) for "none". Index -1 is
     padding; duplicates add up; p need not sum to 1. A row without a target gives 0 and is not in the mean.
     `check` validates the values of indices and probs (default: on CPU; a GPU would have to wait). `inplace`
-    allows overwriting logits with their gradient; this implementation, the specification, never does."""
+    allows writing the gradient over logits, if they are not a leaf; this implementation never does."""
     check_targets("logits", logits, logits.shape[-1], indices, probs, reduction, impl, check)
+    if inplace and logits.is_leaf and logits.requires_grad and torch.is_grad_enabled():
+        raise ValueError("vocab_kl: logits: expected the result of an operation for inplace=True, got a leaf that "
+                         "requires grad")
+    if compiled(impl, logits.device.type):
+        op = torch.ops.t2t.vocab_kl_ if inplace else torch.ops.t2t.vocab_kl
+        return op(logits, indices, probs, REDUCTIONS.index(reduction))
     i, p = merge(indices, probs)
     x = logits if logits.dtype == torch.float64 else logits.float()
     p = p.to(x.dtype)
@@ -453,19 +474,39 @@ def linear_vocab_kl(hidden, weight, indices, probs, bias=None, reduction="mean",
                     scale=1.0, softcap=None, chunk=1024):
     """vocab_kl(head(hidden), indices, probs) that never holds more than `chunk` rows of the logits.
 
-    hidden (N,C), weight (V,C), bias (V,), scale and softcap as in Head. Backward computes logits again."""
+    hidden (N,C), weight (V,C), bias (V,), scale and softcap as in Head. Here backward computes the logits
+    again; compiled, the gradient is made with the loss."""
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError("linear_vocab_kl: hidden and weight: expected (N,C) and (V,C), got "
                          f"{tuple(hidden.shape)} and {tuple(weight.shape)}")
     check_targets("hidden", hidden, len(weight), indices, probs, reduction, impl, check)
+    if compiled(impl, hidden.device.type):
+        return torch.ops.t2t.linear_vocab_kl(hidden, weight, indices, probs, bias, REDUCTIONS.index(reduction),
+                                             scale, softcap, chunk)
 
     def rows(h, i, p, W, b):
-        return vocab_kl(cap(F.linear(h, W, b), scale, softcap), i, p, "none", impl, check=False)
+        return vocab_kl(cap(F.linear(h, W, b), scale, softcap), i, p, "none", "torch", check=False)
 
     chunks = zip(hidden.split(chunk), indices.split(chunk), probs.split(chunk))
     loss = torch.cat([checkpoint(rows, *x, weight, bias, use_reentrant=False, preserve_rng_state=False)
                       for x in chunks])
     return reduce(loss, ((indices >= 0) & (probs > 0)).any(1), reduction)
+
+
+def scatter_targets(indices, probs, V=None, out=None, impl="auto", check=None):
+    """Sparse targets as dense rows: q (N,V) of the type of probs, or, added to `out` (N,V) in place, out."""
+    V = V if out is None else out.shape[1]
+    rows = probs.new_empty(len(probs), 0) if out is None else out
+    check_targets("out", rows, V, indices, probs, "none", impl, check)
+    if compiled(impl, probs.device.type):
+        if out is None:
+            return torch.ops.t2t.scatter_targets(indices, probs, V)
+        torch.ops.t2t.scatter_targets_(out, indices, probs)
+        return out
+    A = torch.float64 if rows.dtype == torch.float64 else torch.float32
+    q = torch.zeros(len(rows), V + 1, dtype=A, device=rows.device)     # column V takes what is padding
+    q = q.scatter_add_(1, indices.long().where(indices >= 0, V), probs.to(A))[:, :V]
+    return q.to(probs.dtype) if out is None else out.copy_(q.add_(out))
 
 
 def reduce(loss, valid, reduction):
@@ -488,7 +529,7 @@ def check_targets(name, rows, V, indices, probs, reduction, impl, check):
         if not ok:
             raise ValueError(f"vocab_kl: {what}: expected {expected}, got {got}")
     expect(reduction in ("mean", "sum", "none"), "reduction", "mean, sum or none", reduction)
-    expect(impl in ("auto", "torch"), "impl", "auto or torch", impl)
+    expect(impl in ("auto", "torch", "ext"), "impl", "auto, torch or ext", impl)
     got = tuple(rows.shape), rows.dtype
     expect(rows.ndim == 2 and rows.is_floating_point(), name, "a floating-point matrix", got)
     shape, N = tuple(indices.shape), len(rows)
@@ -497,7 +538,8 @@ def check_targets(name, rows, V, indices, probs, reduction, impl, check):
     expect(probs.shape == indices.shape, "probs", f"{shape}, as indices", tuple(probs.shape))
     expect(probs.is_floating_point(), "probs", "a floating-point type", probs.dtype)
     expect(not probs.requires_grad, "probs", "constants", "requires_grad=True")
-    if (rows.device.type == "cpu" if check is None else check) and indices.numel():
+    check = rows.device.type == "cpu" and not torch.compiler.is_compiling() if check is None else check
+    if check and indices.numel():
         low, high = indices.min().item(), indices.max().item()
         expect(-1 <= low and high < V, "indices", f"-1 to V - 1 = {V - 1}", f"{low} to {high}")
         bad = probs[~(probs.isfinite() & (probs >= 0))]
@@ -547,7 +589,7 @@ def make_trainable(model, rank):
     return model
 
 
-def single_tokens(x, ids, mask, canon, H, a_text=4):
+def single_tokens(x, ids, mask, canon, H, impl, a_text=4):
     """The same loss where text and target are one token: x_t predicts token t, at up to four places a text.
 
     OURS: the mean of many states can fit a text's targets while each single state forgets its word; such
@@ -556,8 +598,19 @@ def single_tokens(x, ids, mask, canon, H, a_text=4):
     every = -(-word.sum(1, keepdim=True) // a_text).clamp(max=-1)      # (B,1) take each n-th word of a text
     b, t = (word & ((word.cumsum(1) - 1) % every == 0)).nonzero(as_tuple=True)
     one = torch.ones(len(b), 1, device=x.device)
-    return linear_vocab_kl(x[b, t], H.weight, canon[ids[b, t]][:, None], one, H.bias, "sum", check=False,
-                           scale=H.scale, softcap=H.softcap) / a_text
+    return linear_vocab_kl(x[b, t], H.weight, canon[ids[b, t]][:, None], one, H.bias, "sum", impl, False,
+                           H.scale, H.softcap) / a_text
+
+
+def choose(impl, device):
+    """-> "ext" or "torch", and how to say so. auto: ext, built now if a compiler is there."""
+    try:
+        return (impl, "torch") if impl == "torch" or not compiled("ext", device) else (
+            "ext", f"the extension ({'CUDA' if device == 'cuda' else build_ext.load(False).isa()})")
+    except (Error, ValueError) as e:
+        if impl == "ext":
+            raise Error(f"--impl ext: {e}") from None
+        return "torch", f"torch, not the extension: {e}"
 
 
 def train(config, targets=None, on_step=None):
@@ -611,9 +664,10 @@ def train(config, targets=None, on_step=None):
         at = disk.load_state(out, config, model, optimizer, tokens.hash)
     B = min(config.batch_size, len(lengths))
     begun, t1 = dict(at), time.time()
+    impl, which = choose(config.impl, device)
     print(f"{sum(p.numel() for p in params):,} weights learn ({'LoRA' if rank else 'all but the head'}), "
           f"rate {peak:g}, {config.attention}; {len(lengths):,} texts, {config.steps} steps of {B}; "
-          f"{'bfloat16' if bf16 else 'float32'} on {device}; loss by torch", flush=True)
+          f"{'bfloat16' if bf16 else 'float32'} on {device}; loss by {which}", flush=True)
 
     # OURS: no dropout. The model stays as load_backbone left it, in eval mode.
     log = open(out / "log.jsonl", "a" if config.resume else "w")
@@ -629,11 +683,11 @@ def train(config, targets=None, on_step=None):
                 with torch.autocast(device, torch.bfloat16, enabled=bf16):
                     x = states(core, ids, mask)                                                      # (B,T,C)
                     h = pool(x, mask, config.pooling)                                                # (B,C)
-                    L = linear_vocab_kl(h, H.weight, indices[rows], probs[rows], H.bias, "sum",
-                                        scale=H.scale, softcap=H.softcap) / valid
+                    L = linear_vocab_kl(h, H.weight, indices[rows], probs[rows], H.bias, "sum", impl, False,
+                                        H.scale, H.softcap) / valid
                     loss += L.item()
                     if config.token_loss:
-                        L = L + config.token_loss / B * single_tokens(x, ids, mask, canon, H)
+                        L = L + config.token_loss / B * single_tokens(x, ids, mask, canon, H, impl)
                 L.backward()
                 at["cells"], at["read"] = at["cells"] + ids.numel(), at["read"] + int(mask.sum())
             norm = torch.nn.utils.clip_grad_norm_(params, 1.0).item()

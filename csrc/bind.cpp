@@ -1,0 +1,420 @@
+// vocab_kl for torch: schemas, shapes, memory and autograd. The arithmetic is in rows.h (CPU) and kernels.cuh.
+//
+//     vocab_kl, vocab_kl_, linear_vocab_kl     what users call; they have gradients
+//     kl_loss, kl_grad, kl_loss_grad[_], linear_kl, scale_, scatter_targets[_]     what they are made of; no gradients
+//
+// The gradient is made with the loss, while the row is at hand: V read and V written, where a forward and a backward
+// would read V twice. backward() then only multiplies by what comes from above, and does not touch V if that is 1.
+#include <ATen/ATen.h>
+#include <ATen/autocast_mode.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+#include "cpu.h"
+#ifdef T2T_CUDA
+#include <c10/cuda/CUDAGuard.h>
+
+#include "cuda.h"
+#endif
+
+using at::Tensor;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+using MaybeTensor = std::optional<Tensor>;
+using Two = std::tuple<Tensor, Tensor>;
+using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+namespace t2t {
+enum Reduction { NONE, MEAN, SUM };
+
+// ------------------------------------------------------------------------------------------- shapes and memory
+static at::TensorOptions accumulated(const Tensor& x) {       // of losses, targets, weights: float64 for float64
+  return x.options().dtype(x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
+}
+static Tensor losses(const Tensor& x) { return at::empty_symint({x.sym_size(0)}, accumulated(x)); }
+static Tensor no_tensor(const Tensor& like) { return at::empty({0}, like.options()); }
+
+// Fresh memory. 100 MB are 32,000 pages of 4 KB, and the first touch of each costs more than the arithmetic on it: on
+// a CPU ask for pages of 2 MB, where they lie wholly inside.
+static Tensor fresh(c10::SymIntArrayRef shape, const at::TensorOptions& options) {
+  Tensor out = at::empty_symint(shape, options);
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t page = 2 << 20;
+  if (out.is_cpu() && out.nbytes() >= 2 * page) {
+    uintptr_t begin = (uintptr_t)out.data_ptr(), end = begin + out.nbytes();
+    begin = (begin + page - 1) / page * page, end = end / page * page;
+    madvise((void*)begin, end - begin, MADV_HUGEPAGE);        // advice: without it all is right, and slower
+  }
+#endif
+  return out;
+}
+
+static void check(const Tensor& x, const Tensor& indices, const Tensor& probs) {
+  TORCH_CHECK_VALUE(x.dim() == 2 && x.is_floating_point() && x.element_size() >= 2,
+                    "logits: expected a matrix of float64, float32, bfloat16 or float16, got ", x.sizes(), x.dtype());
+  TORCH_CHECK_VALUE(x.size(1) > 0 && x.size(1) < INT32_MAX, "logits: expected 1 to 2^31 - 2 columns, got ", x.size(1));
+  TORCH_CHECK_VALUE(indices.dim() == 2 && indices.size(0) == x.size(0) && probs.sizes() == indices.sizes(),
+                    "indices and probs: expected (", x.size(0), ", K), got ", indices.sizes(), " and ", probs.sizes());
+  TORCH_CHECK_VALUE(indices.scalar_type() == at::kInt || indices.scalar_type() == at::kLong,
+                    "indices: expected int32 or int64, got ", indices.dtype());
+  TORCH_CHECK_VALUE(probs.is_floating_point(), "probs: expected a floating-point type, got ", probs.dtype());
+  TORCH_CHECK_VALUE(indices.device() == x.device() && probs.device() == x.device(),
+                    "indices and probs: expected on ", x.device(), ", got ", indices.device(), " and ", probs.device());
+}
+
+// (N,K), (N,K) -> sorted, each index once a row, as `merge` in t2t.py: for K so large that comparing pairs would hurt.
+static Two merge(const Tensor& indices, const Tensor& probs) {
+  auto [i, order] = indices.to(at::kLong).sort(1);
+  Tensor p = probs.gather(1, order), before = at::constant_pad_nd(i.slice(1, 0, -1), {1, 0}, INT64_MIN);
+  Tensor place = i.ne(before).cumsum(1).sub_(1);              // how many distinct indices stand before this one
+  return {at::full_like(i, -1).scatter_(1, place, i), at::zeros_like(p).scatter_add_(1, place, p)};
+}
+
+static Type type_of(const Tensor& x) {
+  auto t = x.scalar_type();
+  return t == at::kDouble ? F64 : t == at::kFloat ? F32 : t == at::kBFloat16 ? BF16 : F16;
+}
+
+// One pass over the rows of x. dx: where the gradient goes (x itself, another, or none); g: (N,) or (1,).
+// With `scatter`, x is not read, and dx += scatter * q.
+static void run(const Tensor& x, Tensor indices, Tensor probs, const Tensor& g, const Tensor& dx, const Tensor& loss,
+                const Tensor& stats = {}, bool known = false, const double* scatter = nullptr) {
+  if (x.size(0) == 0 || (indices.size(1) == 0 && scatter)) return;
+  auto pointer = [](const Tensor& t) { return t.defined() ? t.mutable_data_ptr() : nullptr; };
+  Tensor weight = g.defined() ? g.to(accumulated(x)) : g;
+  probs = probs.to(accumulated(x));
+  bool merged = indices.size(1) > K_MERGED;
+  if (merged) std::tie(indices, probs) = merge(indices, probs);
+  indices = indices.contiguous(), probs = probs.contiguous();
+  Rows j{type_of(x), x.size(0), x.size(1), indices.size(1), scatter ? nullptr : x.const_data_ptr(), pointer(dx),
+         x.stride(0), dx.defined() ? dx.stride(0) : 0, indices.const_data_ptr(), indices.scalar_type() == at::kLong,
+         merged, probs.const_data_ptr(), pointer(weight), g.defined() && g.numel() > 1 ? weight.stride(0) : 0,
+         pointer(loss), pointer(stats), known};
+  if (x.is_cpu()) return scatter ? scatter_cpu(j, *scatter) : rows_cpu(j);
+#ifdef T2T_CUDA
+  c10::cuda::CUDAGuard guard(x.device());
+  auto stream = c10::cuda::getCurrentCUDAStream();
+  C10_CUDA_CHECK(scatter ? scatter_cuda(j, *scatter, stream) : rows_cuda(j, stream));
+#else
+  TORCH_CHECK(false, "t2t: this build of the extension has no CUDA: run python build_ext.py where nvcc is");
+#endif
+}
+
+// Rows may be far apart, but the elements of a row must be neighbours.
+static Tensor readable(const Tensor& x) { return x.stride(1) == 1 || x.size(1) == 1 ? x : x.contiguous(); }
+static bool own_rows(const Tensor& x) {                       // may be written over: no two elements are the same memory
+  return (x.sym_stride(1) == 1 || x.sym_size(1) == 1) && (x.sym_size(0) < 2 || x.sym_stride(0) >= x.sym_size(1));
+}
+
+// --------------------------------------------------------------------------------------- the parts, CPU and CUDA
+Two kl_loss(const Tensor& logits, const Tensor& indices, const Tensor& probs) {
+  check(logits, indices, probs);
+  Tensor x = readable(logits), loss = losses(x), stats = at::empty({x.size(0), 2}, accumulated(x));
+  run(x, indices, probs, {}, {}, loss, stats);
+  return {loss, stats};
+}
+
+Tensor kl_grad(const Tensor& logits, const Tensor& indices, const Tensor& probs, const Tensor& stats, const Tensor& g) {
+  check(logits, indices, probs);
+  Tensor x = readable(logits), dx = fresh(x.sym_sizes(), x.options());
+  run(x, indices, probs, g, dx, {}, stats.contiguous(), true);
+  return dx;
+}
+
+Two kl_loss_grad(const Tensor& logits, const Tensor& indices, const Tensor& probs, const Tensor& g) {
+  check(logits, indices, probs);
+  Tensor x = readable(logits), loss = losses(x), dx = fresh(x.sym_sizes(), x.options());
+  run(x, indices, probs, g, dx, loss);
+  return {loss, dx};
+}
+
+Tensor kl_loss_grad_(const Tensor& logits, const Tensor& indices, const Tensor& probs, const Tensor& g) {
+  check(logits, indices, probs);
+  TORCH_CHECK_VALUE(own_rows(logits), "logits: expected rows of their own to write a gradient over, got strides ", logits.strides());
+  Tensor loss = losses(logits);
+  run(logits, indices, probs, g, logits, loss);
+  return loss;
+}
+
+void scale_(const Tensor& x, const Tensor& g) {               // x *= g, one number; if that is 1, x is not touched
+  if (x.numel() == 0) return;
+  Tensor a = g.to(accumulated(x));
+#ifdef T2T_CUDA
+  if (x.is_cuda() && x.is_contiguous()) {                     // the kernel looks at g: the host does not wait for it
+    c10::cuda::CUDAGuard guard(x.device());
+    C10_CUDA_CHECK(scale_cuda(type_of(x), x.mutable_data_ptr(), x.numel(), a.const_data_ptr(),
+                              c10::cuda::getCurrentCUDAStream()));
+    return;
+  }
+#endif
+  if (!x.is_cpu() || a.item().toDouble() != 1) x.mul_(a);
+}
+
+void scatter_targets_(const Tensor& out, const Tensor& indices, const Tensor& probs, double alpha) {
+  check(out, indices, probs);
+  TORCH_CHECK_VALUE(readable(out).is_same(out), "out: expected rows of neighbouring elements, got strides ", out.strides());
+  run(out, indices, probs, {}, out, {}, {}, false, &alpha);
+}
+Tensor scatter_targets(const Tensor& indices, const Tensor& probs, int64_t V) {
+  Tensor out = at::zeros({indices.size(0), V}, probs.options());
+  scatter_targets_(out, indices, probs, 1);
+  return out;
+}
+
+// Loss, and those of dh, dW, db that are wanted (the others come back empty), with the logits z a chunk of rows at a
+// time. z and its gradient are one buffer, the same for every chunk.
+Four linear_kl(const Tensor& hidden, const Tensor& weight, const MaybeTensor& bias, const Tensor& indices,
+               const Tensor& probs, const Tensor& g, double scale, std::optional<double> softcap, int64_t chunk,
+               bool want_h, bool want_W, bool want_b) {
+  TORCH_CHECK_VALUE(hidden.dim() == 2 && weight.dim() == 2 && hidden.size(1) == weight.size(1) &&
+                    hidden.dtype() == weight.dtype() && (!bias || bias->dtype() == weight.dtype()),
+                    "hidden, weight and bias: expected (N,C), (V,C), (V,) of one type, got ", hidden.sizes(), hidden.dtype(),
+                    " and ", weight.sizes(), weight.dtype());
+  TORCH_CHECK_VALUE(chunk > 0, "chunk: expected 1 or more, got ", chunk);
+  int64_t N = hidden.size(0), V = weight.size(0), step = std::min(chunk, N);
+  Tensor loss = losses(hidden), z = fresh({step, V}, hidden.options()), W = weight.t(), a = g.to(accumulated(hidden));
+  Tensor dh = want_h ? at::empty(hidden.sizes(), hidden.options()) : no_tensor(hidden);
+  Tensor dW = want_W ? at::zeros(weight.sizes(), accumulated(weight)) : no_tensor(weight);         // float32: bfloat16
+  Tensor db = want_b ? at::zeros({V}, accumulated(weight)) : no_tensor(weight);                    // sums stop growing
+  for (int64_t n = 0; n < N; n += step) {
+    int64_t end = std::min(N, n + step);
+    auto rows = [&](const Tensor& t) { return t.slice(0, n, end); };
+    Tensor h = rows(hidden), y = z.narrow(0, 0, end - n), l = rows(loss), i = rows(indices), p = rows(probs);
+    Tensor w = a.numel() > 1 ? rows(a) : a;
+    bias ? at::addmm_out(y, *bias, h, W) : at::mm_out(y, h, W);
+    if (softcap) y.mul_(scale / *softcap).tanh_().mul_(*softcap);
+    else if (scale != 1) y.mul_(scale);
+    if (!want_h && !want_W && !want_b) {
+      run(y, i, p, {}, {}, l);
+      continue;
+    }
+    if (softcap) {                                            // d/dy c tanh(scale y / c) = scale (1 - (z/c)^2)
+      Tensor dz = at::empty_like(y);
+      run(y, i, p, w * scale, dz, l);
+      y.div_(*softcap).square_().neg_().add_(1).mul_(dz);
+    } else {
+      run(y, i, p, w * scale, y, l);
+    }
+    if (want_h) { Tensor d = rows(dh); at::mm_out(d, y, weight); }
+    if (want_W) weight.scalar_type() == dW.scalar_type() ? dW.addmm_(y.t(), h) : dW.add_(at::mm(y.t(), h));
+    if (want_b) db.add_(y.sum(0, false, db.scalar_type()));
+  }
+  return {loss, dh, dW.to(weight.dtype()), db.to(weight.dtype())};
+}
+
+// ------------------------------------------------------------------------- the parts, where there are only shapes
+Tensor kl_grad_meta(const Tensor& x, const Tensor&, const Tensor&, const Tensor&, const Tensor&) {
+  return at::empty_symint(x.sym_sizes(), x.options());
+}
+Two kl_loss_meta(const Tensor& x, const Tensor&, const Tensor&) {
+  return {losses(x), at::empty_symint({x.sym_size(0), 2}, accumulated(x))};
+}
+Two kl_loss_grad_meta(const Tensor& x, const Tensor&, const Tensor&, const Tensor&) {
+  return {losses(x), at::empty_symint(x.sym_sizes(), x.options())};
+}
+Tensor kl_loss_grad_meta_(const Tensor& x, const Tensor&, const Tensor&, const Tensor&) { return losses(x); }
+void scale_meta_(const Tensor&, const Tensor&) {}
+void scatter_targets_meta_(const Tensor&, const Tensor&, const Tensor&, double) {}
+Tensor scatter_targets_meta(const Tensor& indices, const Tensor& probs, c10::SymInt V) {
+  return at::empty_symint({indices.sym_size(0), V}, probs.options());
+}
+Four linear_kl_meta(const Tensor& hidden, const Tensor& weight, const MaybeTensor&, const Tensor&, const Tensor&,
+                    const Tensor&, double, std::optional<double>, int64_t, bool want_h, bool want_W, bool want_b) {
+  auto like = [](const Tensor& t, bool want) { return want ? at::empty_symint(t.sym_sizes(), t.options()) : no_tensor(t); };
+  return {losses(hidden), like(hidden, want_h), like(weight, want_W),
+          want_b ? at::empty_symint({weight.sym_size(0)}, weight.options()) : no_tensor(weight)};
+}
+
+// ---------------------------------------------------------------------------------------------------- autograd
+#define CALL(name) c10::Dispatcher::singleton().findSchemaOrThrow("t2t::" #name, "").typed<decltype(name)>().call
+
+// What the loss of a row is multiplied by, (1,): 1 over the number of rows with a target for a mean.
+static Tensor weight_of(const Tensor& x, const Tensor& indices, const Tensor& probs, int64_t reduction) {
+  if (reduction != MEAN) return at::ones({1}, accumulated(x));
+  return indices.ge(0).logical_and_(probs.gt(0)).any(1).sum().clamp_min_(1).to(accumulated(x)).reciprocal().unsqueeze(0);
+}
+static Tensor reduce(const Tensor& loss, const Tensor& weight, int64_t reduction) {
+  return reduction == NONE ? loss : loss.sum() * weight.squeeze(0);
+}
+static void once() {
+  TORCH_CHECK(!at::GradMode::is_enabled(), "vocab_kl: a gradient of the gradient is not supported by impl='ext': "
+              "pass impl='torch'");
+}
+
+// A gradient for each row from above: the logits are kept and read again.
+struct PerRow : torch::autograd::Function<PerRow> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& logits, const Tensor& indices, const Tensor& probs) {
+    auto [loss, stats] = CALL(kl_loss)(logits, indices, probs);
+    ctx->save_for_backward({logits, indices, probs, stats});
+    return loss;
+  }
+  static variable_list backward(AutogradContext* ctx, variable_list g) {
+    once();
+    auto s = ctx->get_saved_variables();
+    return {CALL(kl_grad)(s[0], s[1], s[2], s[3], g[0]), {}, {}};
+  }
+};
+
+// One number from above: the gradient was made with the loss, fresh or over the logits.
+struct Fused : torch::autograd::Function<Fused> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& logits, const Tensor& indices, const Tensor& probs,
+                        int64_t reduction, bool inplace) {
+    Tensor weight = weight_of(logits, indices, probs, reduction), loss, dx;
+    if (inplace) {
+      loss = CALL(kl_loss_grad_)(logits, indices, probs, weight);
+      dx = logits.detach();                                   // whoever changes it before backward() is told
+    } else {
+      std::tie(loss, dx) = CALL(kl_loss_grad)(logits, indices, probs, weight);
+    }
+    ctx->save_for_backward({dx});
+    return reduce(loss, weight, reduction);
+  }
+  static variable_list backward(AutogradContext* ctx, variable_list g) {
+    once();
+    TORCH_CHECK(!ctx->saved_data.count("used"), "vocab_kl: a second backward through one loss is not supported by "
+                "impl='ext': pass reduction='none', which keeps the logits, or impl='torch'");
+    ctx->saved_data["used"] = true;
+    Tensor dx = ctx->get_saved_variables()[0];
+    CALL(scale_)(dx, g[0]);
+    return {dx, {}, {}, {}, {}};
+  }
+};
+
+struct Linear : torch::autograd::Function<Linear> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& hidden, const Tensor& weight, const Tensor& indices,
+                        const Tensor& probs, const MaybeTensor& bias, int64_t reduction, double scale,
+                        std::optional<double> softcap, int64_t chunk) {
+    bool W = weight.requires_grad(), b = bias && bias->requires_grad();
+    bool later = reduction == NONE && (W || b);               // rows of dh can be scaled afterwards, sums over rows not
+    Tensor g = weight_of(hidden, indices, probs, reduction);
+    auto [loss, dh, dW, db] = CALL(linear_kl)(hidden, weight, bias, indices, probs, g, scale, softcap, chunk,
+                                              !later && hidden.requires_grad(), !later && W, !later && b);
+    auto& d = ctx->saved_data;
+    d["later"] = later, d["h"] = hidden.requires_grad(), d["W"] = W, d["b"] = b, d["scale"] = scale;
+    d["softcap"] = softcap, d["chunk"] = chunk;
+    if (later) ctx->save_for_backward({hidden, weight, indices, probs, bias.value_or(Tensor())});
+    else ctx->save_for_backward({dh, dW, db});
+    return reduce(loss, g, reduction);
+  }
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    once();
+    auto s = ctx->get_saved_variables();
+    auto& d = ctx->saved_data;
+    Tensor g = grads[0], dh, dW, db;
+    bool h = d["h"].toBool(), W = d["W"].toBool(), b = d["b"].toBool();
+    if (d["later"].toBool()) {
+      std::tie(dh, dW, db) = [&] {
+        auto [_, x, y, z] = CALL(linear_kl)(s[0], s[1], s[4].defined() ? MaybeTensor(s[4]) : MaybeTensor(), s[2], s[3], g,
+            d["scale"].toDouble(), d["softcap"].toOptional<double>(), d["chunk"].toInt(), h, W, b);
+        return std::make_tuple(x, y, z);
+      }();
+    } else {
+      auto times = [](const Tensor& t, const Tensor& g) { return (t * g).to(t.scalar_type()); };
+      if (h) dh = times(s[0], g.dim() ? g.unsqueeze(1) : g);
+      if (W) dW = times(s[1], g);
+      if (b) db = times(s[2], g);
+    }
+    return {h ? dh : Tensor(), W ? dW : Tensor(), {}, {}, b ? db : Tensor(), {}, {}, {}, {}};
+  }
+};
+
+static bool wanted(const Tensor& t) { return at::GradMode::is_enabled() && t.requires_grad(); }
+
+static Tensor any_vocab_kl(const Tensor& x, const Tensor& i, const Tensor& p, int64_t reduction, bool inplace) {
+  if (!wanted(x)) return reduce(std::get<0>(CALL(kl_loss)(x, i, p)), weight_of(x, i, p, reduction), reduction);
+  return reduction == NONE ? PerRow::apply(x, i, p) : Fused::apply(x, i, p, reduction, inplace && own_rows(x));
+}
+Tensor vocab_kl(const Tensor& x, const Tensor& i, const Tensor& p, int64_t reduction) {
+  return any_vocab_kl(x, i, p, reduction, false);
+}
+Tensor vocab_kl_(const Tensor& x, const Tensor& i, const Tensor& p, int64_t reduction) {
+  return any_vocab_kl(x, i, p, reduction, true);
+}
+Tensor linear_vocab_kl(const Tensor& hidden, const Tensor& weight, const Tensor& indices, const Tensor& probs,
+                       const MaybeTensor& bias, int64_t reduction, double scale, std::optional<double> softcap,
+                       int64_t chunk) {
+  if (wanted(hidden) || wanted(weight) || (bias && wanted(*bias)))
+    return Linear::apply(hidden, weight, indices, probs, bias, reduction, scale, softcap, chunk);
+  Tensor g = weight_of(hidden, indices, probs, reduction);
+  return reduce(std::get<0>(CALL(linear_kl)(hidden, weight, bias, indices, probs, g, scale, softcap, chunk, false, false,
+                                            false)), g, reduction);
+}
+
+// Under autocast the head is applied as F.linear would: in the lower precision. The loss is in float32 anyway.
+template <c10::DispatchKey key, c10::DeviceType device>
+Tensor linear_autocast(const Tensor& hidden, const Tensor& weight, const Tensor& indices, const Tensor& probs,
+                       const MaybeTensor& bias, int64_t reduction, double scale, std::optional<double> softcap,
+                       int64_t chunk) {
+  c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::DispatchKeySet{key});
+  auto low = [&](const Tensor& t) { return at::autocast::cached_cast(at::autocast::get_autocast_dtype(device), t, device); };
+  return CALL(linear_vocab_kl)(low(hidden), low(weight), indices, probs, bias ? MaybeTensor(low(*bias)) : bias, reduction,
+                               scale, softcap, chunk);
+}
+
+}  // namespace t2t
+
+TORCH_LIBRARY(t2t, m) {                                       // reduction: 0 none, 1 mean, 2 sum
+  m.def("vocab_kl(Tensor logits, Tensor indices, Tensor probs, int reduction=1) -> Tensor", t2t::vocab_kl);
+  m.def("vocab_kl_(Tensor(a!) logits, Tensor indices, Tensor probs, int reduction=1) -> Tensor", t2t::vocab_kl_);
+  m.def("linear_vocab_kl(Tensor hidden, Tensor weight, Tensor indices, Tensor probs, Tensor? bias=None, int reduction=1, "
+        "float scale=1, float? softcap=None, int chunk=1024) -> Tensor", t2t::linear_vocab_kl);
+  m.def("kl_loss(Tensor logits, Tensor indices, Tensor probs) -> (Tensor loss, Tensor stats)");
+  m.def("kl_grad(Tensor logits, Tensor indices, Tensor probs, Tensor stats, Tensor g) -> Tensor");
+  m.def("kl_loss_grad(Tensor logits, Tensor indices, Tensor probs, Tensor g) -> (Tensor loss, Tensor dx)");
+  m.def("kl_loss_grad_(Tensor(a!) logits, Tensor indices, Tensor probs, Tensor g) -> Tensor");
+  m.def("linear_kl(Tensor hidden, Tensor weight, Tensor? bias, Tensor indices, Tensor probs, Tensor g, float scale, "
+        "float? softcap, int chunk, bool want_h, bool want_W, bool want_b) -> (Tensor loss, Tensor dh, Tensor dW, Tensor db)");
+  m.def("scale_(Tensor(a!) x, Tensor g) -> ()");
+  m.def("scatter_targets(Tensor indices, Tensor probs, SymInt V) -> Tensor");
+  m.def("scatter_targets_(Tensor(a!) out, Tensor indices, Tensor probs, float alpha=1) -> ()");
+}
+
+#define PARTS(m, suffix)                                                                                              \
+  m.impl("kl_loss", t2t::kl_loss##suffix), m.impl("kl_grad", t2t::kl_grad##suffix);                                   \
+  m.impl("kl_loss_grad", t2t::kl_loss_grad##suffix), m.impl("linear_kl", t2t::linear_kl##suffix);                     \
+  m.impl("scatter_targets", t2t::scatter_targets##suffix)
+TORCH_LIBRARY_IMPL(t2t, CPU, m) {
+  PARTS(m, ), m.impl("kl_loss_grad_", t2t::kl_loss_grad_), m.impl("scale_", t2t::scale_);
+  m.impl("scatter_targets_", t2t::scatter_targets_);
+}
+#ifdef T2T_CUDA
+TORCH_LIBRARY_IMPL(t2t, CUDA, m) {
+  PARTS(m, ), m.impl("kl_loss_grad_", t2t::kl_loss_grad_), m.impl("scale_", t2t::scale_);
+  m.impl("scatter_targets_", t2t::scatter_targets_);
+}
+#endif
+TORCH_LIBRARY_IMPL(t2t, Meta, m) {
+  PARTS(m, _meta), m.impl("kl_loss_grad_", t2t::kl_loss_grad_meta_), m.impl("scale_", t2t::scale_meta_);
+  m.impl("scatter_targets_", t2t::scatter_targets_meta_);
+}
+TORCH_LIBRARY_IMPL(t2t, Autograd, m) {                        // the parts say so if they are differentiated
+  for (auto name : {"kl_loss", "kl_grad", "kl_loss_grad", "kl_loss_grad_", "linear_kl", "scale_", "scatter_targets",
+                    "scatter_targets_"})
+    m.impl(name, torch::autograd::autogradNotImplementedFallback());
+}
+TORCH_LIBRARY_IMPL(t2t, ADInplaceOrView, m) {                 // counts the version of what they overwrite
+  for (auto name : {"kl_loss_grad_", "scale_", "scatter_targets_"})
+    m.impl(name, torch::autograd::autogradNotImplementedInplaceOrViewFallback());
+}
+TORCH_LIBRARY_IMPL(t2t, AutocastCPU, m) {
+  m.impl("linear_vocab_kl", t2t::linear_autocast<c10::DispatchKey::AutocastCPU, c10::kCPU>);
+}
+TORCH_LIBRARY_IMPL(t2t, AutocastCUDA, m) {
+  m.impl("linear_vocab_kl", t2t::linear_autocast<c10::DispatchKey::AutocastCUDA, c10::kCUDA>);
+}
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {                    // importing it registers the operations with torch
+  m.def("isa", t2t::isa, "instruction set of the CPU kernel: portable, avx2 or avx512");
+  m.def("use_isa", t2t::use_isa, "choose it, for tests; False if this machine has none of that name");
+  m.def("exp", [](std::vector<float> x) { std::vector<float> y(x.size()); t2t::exp_f32(x.data(), y.data(), x.size()); return y; });
+#ifdef T2T_CUDA
+  m.attr("cuda") = true;
+#else
+  m.attr("cuda") = false;
+#endif
+}

@@ -1,0 +1,133 @@
+// Launches: how many blocks share a row, and what to do where a device has no clusters or a row does not fit.
+#include "cuda.h"
+#include "kernels.cuh"
+#include <tuple>
+
+namespace t2t {
+namespace {
+
+constexpr int THREADS = 256, WARPS = THREADS / 32, C_MAX = 8;          // 8: the most that every device grants
+
+struct Device { int id, sms, block_bytes, sm_bytes, C_max; };          // bytes of shared memory
+
+// Of the current device. Each thread asks again when its device changes.
+cudaError_t current_device(Device& out) {
+  thread_local Device d{-1};
+  int id;
+  if (cudaError_t e = cudaGetDevice(&id)) return e;
+  if (d.id != id) {
+    Device a{id};
+    cudaFuncAttributes code;
+    if (cudaError_t e = cudaDeviceGetAttribute(&a.sms, cudaDevAttrMultiProcessorCount, id)) return e;
+    if (cudaError_t e = cudaDeviceGetAttribute(&a.block_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, id)) return e;
+    if (cudaError_t e = cudaDeviceGetAttribute(&a.sm_bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, id)) return e;
+    if (cudaError_t e = cudaFuncGetAttributes(&code, rows_kernel<float, LOSS, THREADS>)) return e;
+    a.C_max = code.ptxVersion >= 90 ? C_MAX : 1;                       // of the code: PTX of 8.0 has no clusters
+    d = a;                                                             // on any device
+  }
+  out = d;
+  return cudaSuccess;
+}
+
+template <class F> cudaError_t by_type(Type type, F f) {
+  switch (type) {
+    case F64: return f(double());
+    case F32: return f(float());
+    case BF16: return f(__nv_bfloat16());
+    case F16: return f(__half());
+  }
+  return cudaErrorInvalidValue;
+}
+
+template <class T> size_t bytes_of(const Rows& r, int64_t tile, int C) {
+  return Shared<T>::size(tile, C * WARPS, WARPS, held(r.K));
+}
+
+template <class T, Mode M>
+cudaError_t launch(const Rows& r, int C, int64_t tile, const Device& d, cudaStream_t stream) {
+  auto kernel = rows_kernel<T, M, THREADS>;
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = C, cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(unsigned(r.N * C)), config.blockDim = dim3(THREADS);
+  config.dynamicSmemBytes = bytes_of<T>(r, tile, C), config.stream = stream;
+  config.attrs = &cluster, config.numAttrs = C > 1;
+  thread_local std::tuple<int, int, size_t> checked{-1, 0, 0};
+  const std::tuple<int, int, size_t> now{d.id, C, config.dynamicSmemBytes};
+  if (checked != now) {
+    int fit = 1;
+    if (cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, d.block_bytes))
+      return e;
+    if (C > 1)
+      if (cudaError_t e = cudaOccupancyMaxActiveClusters(&fit, kernel, &config)) return e;
+    if (!fit) return cudaErrorLaunchOutOfResources;
+    checked = now;
+  }
+  return cudaLaunchKernelEx(&config, kernel, r, C, int(tile));
+}
+
+template <class T> cudaError_t rows(Rows r, const Device& d, cudaStream_t stream) {
+  const int64_t cells = r.V / Cut<T>::E;
+  const auto slice = [&](int C) { return (cells + C - 1) / C; };
+  const auto spread = [&](int C) {                                     // fill the device, a cell a thread at least
+    while (C < d.C_max && r.N * C < 2 * d.sms && slice(2 * C) >= THREADS) C *= 2;
+    return C;
+  };
+  if (!r.dx) {
+    const int C = spread(1);
+    const cudaError_t e = launch<T, LOSS>(r, C, 0, d, stream);
+    return e && C > 1 ? cudaGetLastError(), launch<T, LOSS>(r, 1, 0, d, stream) : e;
+  }
+  if (r.loss && !held(r.K)) {                                          // its logits fit nowhere until the barrier
+    Rows loss = r;
+    loss.dx = nullptr, r.loss = nullptr;
+    if (cudaError_t e = rows<T>(loss, d, stream)) return e;
+  }
+  int C = 1;                                                           // three blocks an SM, each with 1 KB of
+  while (C < d.C_max && bytes_of<T>(r, slice(C), C) > size_t(d.sm_bytes / 3 - 1024)) C *= 2;   // the system's
+  const int64_t tile = (48 * 1024 - bytes_of<T>(r, 0, C)) / 16;
+  cudaError_t e;
+  if (r.known) e = launch<T, REREAD>(r, C = spread(1), tile, d, stream);
+  else if (bytes_of<T>(r, slice(C), C) <= size_t(d.block_bytes))
+    C = spread(C), e = launch<T, KEEP>(r, C, slice(C), d, stream);
+  else if (C > 1) e = launch<T, REREAD>(r, C, tile, d, stream);
+  else return launch<T, REREAD>(r, 1, tile, d, stream);
+  return e ? cudaGetLastError(), launch<T, REREAD>(r, 1, tile, d, stream) : e;
+}
+
+}  // namespace
+
+cudaError_t rows_cuda(const Rows& r, cudaStream_t stream) {
+  if (r.N == 0 || r.V == 0) return cudaSuccess;
+  if (r.N > INT32_MAX / C_MAX || r.V > INT32_MAX - 64 || r.K > INT32_MAX - THREADS) return cudaErrorInvalidValue;
+  if (r.K > K_HELD && !r.merged) return cudaErrorInvalidValue;
+  Device d;
+  if (cudaError_t e = current_device(d)) return e;
+  return by_type(r.type, [&](auto zero) { return rows<decltype(zero)>(r, d, stream); });
+}
+
+cudaError_t scatter_cuda(const Rows& r, double alpha, cudaStream_t stream) {
+  const int64_t blocks = (r.N * r.K + THREADS - 1) / THREADS;
+  if (blocks == 0) return cudaSuccess;
+  if (blocks > INT32_MAX) return cudaErrorInvalidValue;
+  return by_type(r.type, [&](auto zero) {
+    using T = decltype(zero);
+    scatter_kernel<T><<<unsigned(blocks), THREADS, 0, stream>>>(r, Acc<T>(alpha));
+    return cudaGetLastError();
+  });
+}
+
+cudaError_t scale_cuda(Type type, void* x, int64_t n, const void* g, cudaStream_t stream) {
+  if (n == 0) return cudaSuccess;
+  Device d;
+  if (cudaError_t e = current_device(d)) return e;
+  return by_type(type, [&](auto zero) {
+    using T = decltype(zero);
+    const int64_t blocks = n / Cut<T>::E / (4 * THREADS) + 1, most = 8 * d.sms;
+    scale_kernel<T><<<unsigned(blocks < most ? blocks : most), THREADS, 0, stream>>>((T*)x, n, (const Acc<T>*)g);
+    return cudaGetLastError();
+  });
+}
+
+}  // namespace t2t
