@@ -87,6 +87,37 @@ def between_steps():
             signal.signal(signal.SIGINT, old)
 
 
+# --------------------------------------------------------------------------------------------- a model from disk
+def read_model(name, causal, dtype, option):
+    """folder or hub id -> (causal language model, tokenizer). Error, naming the option, on anything else."""
+    import transformers
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    where = f"folder {name}" if Path(name).exists() else f"{name} (no such folder; a hub id needs a network)"
+    try:
+        settings = AutoConfig.from_pretrained(name)
+        settings.is_causal = causal                                    # the documented switch; t2t proves it
+        model, info = AutoModelForCausalLM.from_pretrained(name, config=settings, dtype=dtype,
+                                                           output_loading_info=True)
+        tok = AutoTokenizer.from_pretrained(name, padding_side="right")
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as e:                                             # each library has types of its own
+        why = " ".join(str(e).split())[:200]
+        raise Error(f"{option}: expected a causal language model; {where} can not be read: {why}") from None
+    rows, missing = len(model.get_input_embeddings().weight), sorted(info["missing_keys"])
+    if missing:
+        raise Error(f"{option}: expected a whole causal language model, but {where} lacks {missing[0]} and "
+                    f"{len(missing) - 1} other weights: an encoder, or a damaged download?")
+    if len(tok) > rows:
+        raise Error(f"{option}: expected a tokenizer that fits the model, but in {where} it has {len(tok)} "
+                    f"entries and the embedding {rows}")
+    if tok.pad_token_id is None:
+        tok.pad_token = tok.eos_token or tok.convert_ids_to_tokens(0)      # never attended to: any id will do
+    return model, tok
+
+
 # ------------------------------------------------------------------------------------ the finished checkpoint
 def save(out, model, tok, head, config, facts):
     """Write the whole checkpoint beside OUT, then put it in OUT's place."""

@@ -283,6 +283,38 @@ def read_tokens(source, tok, max_length, V, find_words, vocabulary):
                   np.load(folder / "df.npy"), (folder / "hash").read_text(), folder)
 
 
+def keep_targets(name, tokens, K, make, n_block):
+    """Targets of all texts -> (indices (N,K), probs (N,K), constant), memory-mapped, made once by make() -> q,
+    a function of the ids of n texts. constant = mean_b KL(q_b || m), m the mean of all q: the honest zero."""
+    import numpy as np
+    from tqdm import tqdm
+
+    def write(folder):
+        N, V, q = len(tokens.start) - 1, len(tokens.df), make()
+        indices = np.lib.format.open_memmap(folder / "indices.npy", "w+", np.int32, (N, K))
+        probs = np.lib.format.open_memmap(folder / "probs.npy", "w+", np.float32, (N, K))
+        mean, plogp, valid = np.zeros(V), 0.0, 0
+        with tqdm(total=N, desc="targets", unit=" texts") as bar:
+            for block in blocks(range(N), n_block):
+                i, p = q([tokens.text(n) for n in block])
+                width = ((0, 0), (0, K - i.shape[1]))
+                indices[block], probs[block] = np.pad(i, width, constant_values=-1), np.pad(p, width)
+                mean += np.bincount(i[i >= 0], p[i >= 0], V)
+                plogp += (p * np.log(np.maximum(p, 1e-30))).sum(dtype=np.float64)
+                valid += (i >= 0).any(1).sum()
+                bar.update(len(block))
+        if not valid:
+            raise Error("--corpus: expected words to learn from, but no text has a single target token: "
+                        "is it text, in a language that the tokenizer knows?")
+        mean /= valid
+        # mean_b KL(q_b || m) = mean_b sum q_b log q_b - sum m log m
+        np.save(folder / "constant.npy", plogp / valid - (mean * np.log(np.maximum(mean, 1e-30))).sum())
+
+    folder = cached("targets", name, write)
+    return *(np.load(folder / f"{x}.npy", mmap_mode="r") for x in ("indices", "probs")), float(
+        np.load(folder / "constant.npy"))
+
+
 def blocks(items, n):
     """Lists of n items, the last one shorter."""
     block = []

@@ -118,7 +118,7 @@ from tqdm import tqdm  # noqa: E402
 
 import build_ext  # noqa: E402
 import checkpoint as disk  # noqa: E402
-from corpus import STOP, blocks, cached, code, key, read_tokens, stamps, tokenize  # noqa: E402
+from corpus import STOP, blocks, code, keep_targets, key, read_tokens, stamps, tokenize  # noqa: E402
 
 
 # ---------------------------------------------------------------------------------------------------- 1. text
@@ -183,49 +183,35 @@ class Targets(NamedTuple):
     constant: float         # mean_b KL(q_b || mean of all q), the best constant prediction: the honest zero
 
 
-def build_targets(config, tokens, words, model, tok, custom=None):
-    """q for every text of the corpus, memory-mapped. `custom` replaces the method's own: see `train`."""
+def targets_of(config, tokens, words, model, tok, custom=None):
+    """-> function(list of n id arrays) -> indices (n,K), probs (n,K); a row sums to 1, or to 0 without words.
+
+    `custom`, such a function, replaces the method's own."""
     N, V, K = len(tokens.start) - 1, len(words.canon), config.top_k
     if K > V:
         raise Error(f"--top-k: expected at most the size of the vocabulary, {V}, got {K}")
+    parts = [custom] if custom else []
+    # OURS: `both` is an even mixture, K/2 tokens from each side; a token on both sides has both weights.
+    k = K if config.method != "both" else max(1, K // 2)
+    if config.method in ("data", "both") and not custom:
+        idf = np.log(N / np.maximum(1, tokens.df))
+        parts.append(lambda rows: data_targets(rows, words, idf, k, config.temperature))
+    if config.method in ("model", "both") and not custom:
+        parts.append(model_targets(config, tokens, words, model, tok, k))
+
+    def q(rows):
+        i, p = (np.concatenate(x, 1) for x in zip(*(part(rows) for part in parts)))
+        p = p / np.maximum(p.sum(1, keepdims=True), 1e-30)
+        return [x.numpy() for x in merge(torch.from_numpy(i), torch.from_numpy(p))]
+    return q
+
+
+def build_targets(config, tokens, *given, custom=None):
+    """q for every text of the corpus, memory-mapped; `given` as targets_of takes it."""
     name = None if custom else key(code(__file__), str(tokens.folder), stamps(resolve(config.backbone)),
-                                   config.method, K, config.temperature, config.seed)
-
-    def write(folder):
-        parts = [custom] if custom else []                             # functions(rows) -> (n,k), (n,k)
-        # OURS: `both` is an even mixture, K/2 tokens from each side; a token on both sides has both weights.
-        k = K if config.method != "both" else max(1, K // 2)
-        if config.method in ("data", "both") and not custom:
-            idf = np.log(N / np.maximum(1, tokens.df))
-            parts.append(lambda rows: data_targets(rows, words, idf, k, config.temperature))
-        if config.method in ("model", "both") and not custom:
-            parts.append(model_targets(config, tokens, words, model, tok, k))
-        indices = np.lib.format.open_memmap(folder / "indices.npy", "w+", np.int32, (N, K))
-        probs = np.lib.format.open_memmap(folder / "probs.npy", "w+", np.float32, (N, K))
-        mean, plogp, valid = np.zeros(V), 0.0, 0
-        bar = tqdm(total=N, desc="targets", unit=" texts")
-        for block in blocks(range(N), 4096 if config.method == "data" else 64):
-            rows = [tokens.text(n) for n in block]
-            i, p = (np.concatenate(x, 1) for x in zip(*(part(rows) for part in parts)))
-            p = p / np.maximum(p.sum(1, keepdims=True), 1e-30)
-            i, p = (x.numpy() for x in merge(torch.from_numpy(i), torch.from_numpy(p)))
-            width = ((0, 0), (0, K - i.shape[1]))
-            indices[block], probs[block] = np.pad(i, width, constant_values=-1), np.pad(p, width)
-            mean += np.bincount(i[i >= 0], p[i >= 0], V)
-            plogp += (p * np.log(np.maximum(p, 1e-30))).sum(dtype=np.float64)
-            valid += (i >= 0).any(1).sum()
-            bar.update(len(block))
-        bar.close()
-        if not valid:
-            raise Error("--corpus: expected words to learn from, but no text has a single target token: "
-                        "is it text, in a language that the tokenizer knows?")
-        mean /= valid
-        # mean_b KL(q_b || m) = mean_b sum q_b log q_b - sum m log m
-        np.save(folder / "constant.npy", plogp / valid - (mean * np.log(np.maximum(mean, 1e-30))).sum())
-
-    folder = cached("targets", name, write)
-    return Targets(*(np.load(folder / f"{x}.npy", mmap_mode="r") for x in ("indices", "probs")),
-                   float(np.load(folder / "constant.npy")))
+                                   config.method, config.top_k, config.temperature, config.seed)
+    make = functools.partial(targets_of, config, tokens, *given, custom=custom)
+    return Targets(*keep_targets(name, tokens, config.top_k, make, 4096 if config.method == "data" else 64))
 
 
 def data_targets(rows, words, idf, K, temperature):
@@ -295,32 +281,7 @@ def resolve(name):
 
 def load_backbone(name, attention, dtype=torch.float32, option="--backbone"):
     """folder or hub id -> (causal language model, tokenizer), proved to have the attention asked for."""
-    import transformers
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-    name = resolve(name)
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    where = f"folder {name}" if Path(name).exists() else f"{name} (no such folder; a hub id needs a network)"
-    try:
-        settings = AutoConfig.from_pretrained(name)
-        settings.is_causal = attention == "causal"                     # the documented switch, proved below
-        model, info = AutoModelForCausalLM.from_pretrained(name, config=settings, dtype=dtype,
-                                                           output_loading_info=True)
-        tok = AutoTokenizer.from_pretrained(name, padding_side="right")
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as e:                                             # each library has types of its own
-        why = " ".join(str(e).split())[:200]
-        raise Error(f"{option}: expected a causal language model; {where} can not be read: {why}") from None
-    rows, missing = len(model.get_input_embeddings().weight), sorted(info["missing_keys"])
-    if missing:
-        raise Error(f"{option}: expected a whole causal language model, but {where} lacks {missing[0]} and "
-                    f"{len(missing) - 1} other weights: an encoder, or a damaged download?")
-    if len(tok) > rows:
-        raise Error(f"{option}: expected a tokenizer that fits the model, but in {where} it has {len(tok)} "
-                    f"entries and the embedding {rows}")
-    if tok.pad_token_id is None:
-        tok.pad_token = tok.eos_token or tok.convert_ids_to_tokens(0)      # never attended to: any id will do
+    model, tok = disk.read_model(resolve(name), attention == "causal", dtype, option)
     prove_attention(model.eval(), attention)
     return model, tok
 
@@ -635,9 +596,10 @@ def train(config, targets=None, on_step=None):
     if config.method != "none":
         find = functools.partial(find_words, words)
         tokens = read_tokens(config.corpus, tok, config.max_length, V, find, words.hash)
-        q = build_targets(config, tokens, words, model, tok, targets)
+        given = config, tokens, words, model, tok
         if config.show_targets:
-            return show_targets(config, tokens, q, words, tok)
+            return show_targets(config, tokens, targets_of(*given, custom=targets), words, tok)
+        q = build_targets(*given, custom=targets)
     before = Embedder(model, tok, config.pooling, config.max_length).tokens(EXAMPLES, 8)
 
     # ---- the embedder
@@ -751,10 +713,11 @@ def finish(config, model, tok, before, t0, loss=None, **facts):
 
 
 def show_targets(config, tokens, q, words, tok):
-    for n in order_of_texts(config.seed, 0, len(q.indices))[:config.show_targets]:
-        text = tok.decode(tokens.text(n).tolist(), skip_special_tokens=True)
-        best = sorted(((p, words.text[v]) for v, p in zip(q.indices[n], q.probs[n]) if v >= 0), reverse=True)
-        print(f"\n{text.strip()}\n    {'  '.join(f'{t} {p:.3f}' for p, t in best) or '(no target)'}")
+    some = [tokens.text(n) for n in order_of_texts(config.seed, 0, len(tokens.start) - 1)[:config.show_targets]]
+    for text, indices, probs in zip(some, *q(some)):
+        best = sorted(((p, words.text[v]) for v, p in zip(indices, probs) if v >= 0), reverse=True)
+        print(f"\n{tok.decode(text.tolist(), skip_special_tokens=True).strip()}\n    "
+              f"{'  '.join(f'{t} {p:.3f}' for p, t in best) or '(no target)'}")
 
 
 def main(config):
