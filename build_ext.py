@@ -1,8 +1,8 @@
 """Build csrc/, the compiled vocab_kl:    python build_ext.py
 
 With CUDA where torch has it and nvcc is found (a GPU need not be there: TORCH_CUDA_ARCH_LIST names the
-architectures, else those of the GPUs here, else sm_80, sm_90 and sm_100), for CPU otherwise. The result is kept under a
-hash of the sources, the flags, torch and the compiler: a second call only loads it.
+architectures, else those of the GPUs here, else sm_80, sm_90 and sm_100), for CPU otherwise. The result is
+kept under a hash of the sources, the flags, torch and Python: a second call only loads it.
 """
 import importlib.util
 import os
@@ -15,23 +15,22 @@ from pathlib import Path
 from corpus import Error, cached, code, key, place
 
 CSRC = Path(__file__).parent / "csrc"
-# -ffp-contract: a * b + c becomes one instruction, which exp in rows.h counts on. Never -march=native: the kernel is
-# compiled for several instruction sets, and chosen when it runs. -fopenmp makes at::parallel_for parallel; it is not
-# passed to the linker, so that the threads are those of torch's own OpenMP, not of a second one.
+# -ffp-contract: a * b + c becomes one instruction, which exp in rows.h counts on. Never -march=native: the
+# kernel is compiled for several instruction sets, and chosen when it runs. -fopenmp makes at::parallel_for
+# parallel; the linker does not get it, so that the threads are those of torch's OpenMP, not of a second one.
 CFLAGS = ["-O3", "-std=c++20", "-ffp-contract=fast", "-fopenmp", "-Wno-psabi", "-Wno-maybe-uninitialized"]
 NVCC = ["-O3", "-std=c++20"]
 
 
 def tools():
-    """The compiler's own words about its version; Error if what a build needs is not there."""
-    here = str(Path(sys.executable).parent)                    # ninja of this environment, though it is not activated
+    """Error if what a build needs is not there."""
+    here = str(Path(sys.executable).parent)            # ninja of this environment, though it is not activated
     if here not in os.environ["PATH"].split(os.pathsep):
         os.environ["PATH"] = here + os.pathsep + os.environ["PATH"]
     compiler = os.environ.get("CXX", "c++")
-    for tool, what in ((compiler, "a C++ compiler, such as g++"), ("ninja", "the build tool, pip install ninja")):
+    for tool, what in ((compiler, "a C++ compiler, as g++"), ("ninja", "the build tool, pip install ninja")):
         if not shutil.which(tool):
-            raise Error(f"csrc/: expected {what}, but {tool} is not on PATH: install it, or pass --impl torch")
-    return subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
+            raise Error(f"csrc/: expected {what}; {tool} is not on PATH: install it, or pass --impl torch")
 
 
 def with_cuda():
@@ -45,8 +44,8 @@ def folder_name():
     import torch
     cuda = with_cuda()
     files = [f for f in sorted(CSRC.iterdir()) if cuda or f.suffix not in (".cu", ".cuh")]
-    return key([code(f) for f in files], CFLAGS, NVCC, torch.__version__, platform.machine(), sys.version, cuda,
-               *map(os.environ.get, ("CXX", "CFLAGS", "TORCH_CUDA_ARCH_LIST")))
+    return key([code(f) for f in files], CFLAGS, NVCC, torch.__version__, platform.machine(), sys.version,
+               cuda, *map(os.environ.get, ("CXX", "CFLAGS", "TORCH_CUDA_ARCH_LIST")))
 
 
 def load(build):
@@ -56,22 +55,22 @@ def load(build):
     if "t2t_ext" in sys.modules:
         return sys.modules["t2t_ext"]
     cuda = with_cuda()
-    if build:
+    if cuda and not torch.cuda.is_available():                 # with no GPU to ask, torch has no default
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0")
+    if not place("csrc", folder_name()).exists():
+        if not build:
+            return None
         tools()
-    elif not place("csrc", folder_name()).exists():
-        return None
 
     def write(folder):
-        if cuda and "TORCH_CUDA_ARCH_LIST" not in os.environ and not torch.cuda.is_available():
-            os.environ["TORCH_CUDA_ARCH_LIST"] = "8.0;9.0;10.0"    # with no GPU to ask, torch has no default
-        print(f"building csrc/ {'with CUDA ' if cuda else ''}(once, about a minute) ...", file=sys.stderr, flush=True)
+        print(f"building csrc/{' with CUDA' * cuda}, once, about a minute ...", file=sys.stderr, flush=True)
         files = [str(CSRC / f) for f in ["bind.cpp", "cpu.cpp"] + ["cuda.cu"] * cuda]
         flags = CFLAGS + ["-DT2T_CUDA"] * cuda + os.environ.get("CFLAGS", "").split()
         try:
-            sys.modules["t2t_ext"] = cpp_extension.load("t2t_ext", files, flags, NVCC, build_directory=str(folder),
-                                                        with_cuda=cuda)
+            sys.modules["t2t_ext"] = cpp_extension.load(
+                "t2t_ext", files, flags, NVCC, build_directory=str(folder), with_cuda=cuda)
         except (RuntimeError, subprocess.CalledProcessError) as e:
-            raise Error(f"csrc/: the compiler failed; pass --impl torch to do without. It said:\n{e}") from None
+            raise Error(f"csrc/: the compiler failed (--impl torch does without it); it said:\n{e}") from None
 
     folder = cached("csrc", folder_name(), write)
     if "t2t_ext" not in sys.modules:

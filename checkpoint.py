@@ -24,6 +24,8 @@ from corpus import Error
 # ----------------------------------------------------------------------------------------- the state of a run
 def start_folder(out, resuming):
     """Make OUT. Refuse where something else stands, or where an interrupted run would be forgotten."""
+    if out.name in ("", ".."):
+        raise Error(f"--out: expected a folder to be made, got {out}: pass a name such as ckpt")
     aside = out.with_name(out.name + ".old")
     if aside.exists() and not out.exists():                       # killed between the last two renames
         aside.rename(out)
@@ -87,7 +89,7 @@ def between_steps():
             signal.signal(signal.SIGINT, old)
 
 
-# --------------------------------------------------------------------------------------------- a model from disk
+# ------------------------------------------------------------------------------------------ a model from disk
 def read_model(name, causal, dtype, option):
     """folder or hub id -> (causal language model, tokenizer). Error, naming the option, on anything else."""
     import transformers

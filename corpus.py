@@ -284,8 +284,8 @@ def read_tokens(source, tok, max_length, V, find_words, vocabulary):
 
 
 def keep_targets(name, tokens, K, make, n_block):
-    """Targets of all texts -> (indices (N,K), probs (N,K), constant), memory-mapped, made once by make() -> q,
-    a function of the ids of n texts. constant = mean_b KL(q_b || m), m the mean of all q: the honest zero."""
+    """Targets of all texts -> indices (N,K), probs (N,K), memory-mapped, and constant = mean_b KL(q_b || m),
+    m the mean of all q: the honest zero. Made once, by the function that make() gives, n_block at a time."""
     import numpy as np
     from tqdm import tqdm
 

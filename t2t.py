@@ -23,6 +23,7 @@ import dataclasses
 import functools
 import json
 import math
+import signal
 import sys
 import time
 from dataclasses import dataclass, field
@@ -59,7 +60,8 @@ class Config:
     seed: int = setting(42, "of the order of texts and of every random number")
     device: str = setting("auto", "where to train", ["auto", "cpu", "cuda"])
     dtype: str = setting("auto", "of arithmetic (auto: bfloat16 on a GPU)", ["auto", "float32", "bfloat16"])
-    impl: str = setting("auto", "of the loss: ext is csrc/ compiled, auto ext if it can be", ["auto", "torch", "ext"])
+    impl: str = setting("auto", "of the loss: ext is csrc/, compiled, auto if it can be",
+                        "auto torch ext".split())
     save_every: int = setting(50, "steps between the states from which --resume goes on")
     resume: bool = setting(False, "go on with the interrupted run in --out")
     show_targets: int = setting(0, "print this many texts with their targets and exit")
@@ -105,6 +107,7 @@ def end(message, status=2):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)                       # Ctrl-C amid the imports: no traceback
     try:
         CONFIG = parse(sys.argv[1:])
     except Error as e:
@@ -391,7 +394,7 @@ class Embedder:
 
 
 # ---------------------------------------------------------------------------------------------------- 4. loss
-# Each operation stands here as a few lines of torch, its specification, and in csrc/ compiled, at the speed of memory.
+# Each operation stands here as a few lines of torch, its specification, and in csrc/ for the speed of memory.
 REDUCTIONS = ["none", "mean", "sum"]
 
 
@@ -416,8 +419,8 @@ def vocab_kl(logits, indices, probs, reduction="mean", impl="auto", inplace=Fals
     allows writing the gradient over logits, if they are not a leaf; this implementation never does."""
     check_targets("logits", logits, logits.shape[-1], indices, probs, reduction, impl, check)
     if inplace and logits.is_leaf and logits.requires_grad and torch.is_grad_enabled():
-        raise ValueError("vocab_kl: logits: expected the result of an operation for inplace=True, got a leaf that "
-                         "requires grad")
+        raise ValueError("vocab_kl: logits: expected the result of an operation for inplace=True, got a leaf "
+                         "that requires grad")
     if compiled(impl, logits.device.type):
         op = torch.ops.t2t.vocab_kl_ if inplace else torch.ops.t2t.vocab_kl
         return op(logits, indices, probs, REDUCTIONS.index(reduction))
@@ -442,8 +445,8 @@ def linear_vocab_kl(hidden, weight, indices, probs, bias=None, reduction="mean",
                          f"{tuple(hidden.shape)} and {tuple(weight.shape)}")
     check_targets("hidden", hidden, len(weight), indices, probs, reduction, impl, check)
     if compiled(impl, hidden.device.type):
-        return torch.ops.t2t.linear_vocab_kl(hidden, weight, indices, probs, bias, REDUCTIONS.index(reduction),
-                                             scale, softcap, chunk)
+        return torch.ops.t2t.linear_vocab_kl(hidden, weight, indices, probs, bias,
+                                             REDUCTIONS.index(reduction), scale, softcap, chunk)
 
     def rows(h, i, p, W, b):
         return vocab_kl(cap(F.linear(h, W, b), scale, softcap), i, p, "none", "torch", check=False)
@@ -486,9 +489,11 @@ def merge(indices, probs):
 
 def check_targets(name, rows, V, indices, probs, reduction, impl, check):
     """ValueErrors that name the argument, what was expected and what came."""
+    op = {"logits": "vocab_kl", "hidden": "linear_vocab_kl", "out": "scatter_targets"}[name]
+
     def expect(ok, what, expected, got):
         if not ok:
-            raise ValueError(f"vocab_kl: {what}: expected {expected}, got {got}")
+            raise ValueError(f"{op}: {what}: expected {expected}, got {got}")
     expect(reduction in ("mean", "sum", "none"), "reduction", "mean, sum or none", reduction)
     expect(impl in ("auto", "torch", "ext"), "impl", "auto, torch or ext", impl)
     got = tuple(rows.shape), rows.dtype
@@ -698,8 +703,9 @@ def finish(config, model, tok, before, t0, loss=None, **facts):
              "seconds": round(time.time() - t0, 1), "device": str(model.device),
              "threads": torch.get_num_threads(),
              "versions": {p: version(p) for p in ("torch", "transformers", "peft", "tokenizers", "numpy")},
-             "ours": ["tf-idf weights", "first piece of a split word", "loss at single tokens", "frozen head",
-                      "every hyper-parameter"]}
+             "ours": ["tf-idf weights", "first piece of a split word"] * (config.method in ("data", "both"))
+             + ["log p minus its mean over the corpus"] * (config.method in ("model", "both"))
+             + ["frozen head", "loss at single tokens", "every hyper-parameter"] * (config.method != "none")}
     disk.save(Path(config.out), model, tok, head(model), config, facts)
     print()
     line = lambda row: "  ".join(token for token, _ in row)
@@ -713,7 +719,8 @@ def finish(config, model, tok, before, t0, loss=None, **facts):
 
 
 def show_targets(config, tokens, q, words, tok):
-    some = [tokens.text(n) for n in order_of_texts(config.seed, 0, len(tokens.start) - 1)[:config.show_targets]]
+    order = order_of_texts(config.seed, 0, len(tokens.start) - 1)
+    some = [tokens.text(n) for n in order[:config.show_targets]]
     for text, indices, probs in zip(some, *q(some)):
         best = sorted(((p, words.text[v]) for v, p in zip(indices, probs) if v >= 0), reverse=True)
         print(f"\n{tok.decode(text.tolist(), skip_special_tokens=True).strip()}\n    "
@@ -737,4 +744,5 @@ def main(config):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     main(CONFIG)

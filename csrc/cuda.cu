@@ -1,4 +1,4 @@
-// Launches: how many blocks share a row, and what to do where a device has no clusters or a row does not fit.
+// Launches: how many blocks share a row, and what to do without clusters or where a row does not fit.
 #include "cuda.h"
 #include "kernels.cuh"
 #include <tuple>
@@ -6,7 +6,7 @@
 namespace t2t {
 namespace {
 
-constexpr int THREADS = 256, WARPS = THREADS / 32, C_MAX = 8;          // 8: the most that every device grants
+constexpr int THREADS = 256, WARPS = THREADS / 32, C_MAX = 8;        // 8: the most that every device grants
 
 struct Device { int id, sms, block_bytes, sm_bytes, C_max; };          // bytes of shared memory
 
@@ -18,11 +18,12 @@ cudaError_t current_device(Device& out) {
   if (d.id != id) {
     Device a{id};
     cudaFuncAttributes code;
-    if (cudaError_t e = cudaDeviceGetAttribute(&a.sms, cudaDevAttrMultiProcessorCount, id)) return e;
-    if (cudaError_t e = cudaDeviceGetAttribute(&a.block_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, id)) return e;
-    if (cudaError_t e = cudaDeviceGetAttribute(&a.sm_bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, id)) return e;
+    const auto ask = [&](int& out, cudaDeviceAttr what) { return cudaDeviceGetAttribute(&out, what, id); };
+    if (cudaError_t e = ask(a.sms, cudaDevAttrMultiProcessorCount)) return e;
+    if (cudaError_t e = ask(a.block_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin)) return e;
+    if (cudaError_t e = ask(a.sm_bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor)) return e;
     if (cudaError_t e = cudaFuncGetAttributes(&code, rows_kernel<float, LOSS, THREADS>)) return e;
-    a.C_max = code.ptxVersion >= 90 ? C_MAX : 1;                       // of the code: PTX of 8.0 has no clusters
+    a.C_max = code.ptxVersion >= 90 ? C_MAX : 1;                  // of the code: PTX of 8.0 has no clusters
     d = a;                                                             // on any device
   }
   out = d;
@@ -57,8 +58,8 @@ cudaError_t launch(const Rows& r, int C, int64_t tile, const Device& d, cudaStre
   const std::tuple<int, int, size_t> now{d.id, C, config.dynamicSmemBytes};
   if (checked != now) {
     int fit = 1;
-    if (cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, d.block_bytes))
-      return e;
+    const auto what = cudaFuncAttributeMaxDynamicSharedMemorySize;
+    if (cudaError_t e = cudaFuncSetAttribute(kernel, what, d.block_bytes)) return e;
     if (C > 1)
       if (cudaError_t e = cudaOccupancyMaxActiveClusters(&fit, kernel, &config)) return e;
     if (!fit) return cudaErrorLaunchOutOfResources;
@@ -70,7 +71,7 @@ cudaError_t launch(const Rows& r, int C, int64_t tile, const Device& d, cudaStre
 template <class T> cudaError_t rows(Rows r, const Device& d, cudaStream_t stream) {
   const int64_t cells = r.V / Cut<T>::E;
   const auto slice = [&](int C) { return (cells + C - 1) / C; };
-  const auto spread = [&](int C) {                                     // fill the device, a cell a thread at least
+  const auto spread = [&](int C) {                              // fill the device, a cell a thread at least
     while (C < d.C_max && r.N * C < 2 * d.sms && slice(2 * C) >= THREADS) C *= 2;
     return C;
   };
@@ -79,13 +80,14 @@ template <class T> cudaError_t rows(Rows r, const Device& d, cudaStream_t stream
     const cudaError_t e = launch<T, LOSS>(r, C, 0, d, stream);
     return e && C > 1 ? cudaGetLastError(), launch<T, LOSS>(r, 1, 0, d, stream) : e;
   }
-  if (r.loss && !held(r.K)) {                                          // its logits fit nowhere until the barrier
+  if (r.loss && !held(r.K)) {                                    // its logits fit nowhere until the barrier
     Rows loss = r;
     loss.dx = nullptr, r.loss = nullptr;
     if (cudaError_t e = rows<T>(loss, d, stream)) return e;
   }
-  int C = 1;                                                           // three blocks an SM, each with 1 KB of
-  while (C < d.C_max && bytes_of<T>(r, slice(C), C) > size_t(d.sm_bytes / 3 - 1024)) C *= 2;   // the system's
+  // Three blocks an SM, each with 1 KB of the system's
+  int C = 1;
+  while (C < d.C_max && bytes_of<T>(r, slice(C), C) > size_t(d.sm_bytes / 3 - 1024)) C *= 2;
   const int64_t tile = (48 * 1024 - bytes_of<T>(r, 0, C)) / 16;
   cudaError_t e;
   if (r.known) e = launch<T, REREAD>(r, C = spread(1), tile, d, stream);
@@ -100,8 +102,8 @@ template <class T> cudaError_t rows(Rows r, const Device& d, cudaStream_t stream
 
 cudaError_t rows_cuda(const Rows& r, cudaStream_t stream) {
   if (r.N == 0 || r.V == 0) return cudaSuccess;
-  if (r.N > INT32_MAX / C_MAX || r.V > INT32_MAX - 64 || r.K > INT32_MAX - THREADS) return cudaErrorInvalidValue;
-  if (r.K > K_HELD && !r.merged) return cudaErrorInvalidValue;
+  if (r.N > INT32_MAX / C_MAX || r.V > INT32_MAX - 64 || r.K > INT32_MAX - THREADS ||
+      (r.K > K_HELD && !r.merged)) return cudaErrorInvalidValue;
   Device d;
   if (cudaError_t e = current_device(d)) return e;
   return by_type(r.type, [&](auto zero) { return rows<decltype(zero)>(r, d, stream); });
@@ -125,7 +127,8 @@ cudaError_t scale_cuda(Type type, void* x, int64_t n, const void* g, cudaStream_
   return by_type(type, [&](auto zero) {
     using T = decltype(zero);
     const int64_t blocks = n / Cut<T>::E / (4 * THREADS) + 1, most = 8 * d.sms;
-    scale_kernel<T><<<unsigned(blocks < most ? blocks : most), THREADS, 0, stream>>>((T*)x, n, (const Acc<T>*)g);
+    const unsigned grid = unsigned(blocks < most ? blocks : most);
+    scale_kernel<T><<<grid, THREADS, 0, stream>>>((T*)x, n, (const Acc<T>*)g);
     return cudaGetLastError();
   });
 }

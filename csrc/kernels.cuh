@@ -1,12 +1,12 @@
 // The CUDA kernels of kl.h: one idea for every case.
 //
-//     row n      |front|  cell  cell  cell  cell | cell  cell  cell  cell | ... |back|      cell: 16 aligned bytes
+//     row n      |front|  cell  cell  cell  cell | cell  cell  cell  cell | ... |back|    cell: 16 bytes
 //     block      '------ slice 0 of C -----------'------ slice 1 of C ----'
 //     thread t             t    t+1   ...               every THREADS-th cell of its block's slice
 //
-// C blocks, a thread-block cluster, own a row. The at most 2 * 16 / sizeof(T) - 2 elements outside of whole cells,
-// the row's two ends, are block 0's, one a thread: so any V, stride and storage offset take the same path.
-// tests/cuda_on_host.h runs this source on a CPU; what it has to replace stands in the first section.
+// C blocks, a thread-block cluster, own a row. The at most 2 * 16 / sizeof(T) - 2 elements outside of whole
+// cells, the row's two ends, are block 0's, one a thread: so any V, stride and storage offset take the same
+// path. tests/cuda_on_host.h runs this source on a CPU; what it has to replace stands in the first section.
 #pragma once
 #include <cstring>
 #include <type_traits>
@@ -23,20 +23,22 @@ inline __device__ char* shared_memory() {
 }
 template <class A> __device__ A shuffle_xor(A a, int d) { return __shfl_xor_sync(~0u, a, d); }
 
-// e^x for x <= 0: relative error below 2^-22 + |x| 2^-24, from ex2.approx and from the product. Below 2^-126 it is
-// 0; e^-inf = 0, NaN stays NaN. double has no such instruction.
+// e^x for x <= 0: relative error below 2^-22 + |x| 2^-24, from ex2.approx and from the product. Below
+// 2^-126 it is 0; e^-inf = 0, NaN stays NaN. double has no such instruction.
 inline __device__ float exponent(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * 1.4426950408889634f));
   return y;
 }
 
-// The barrier of a cluster in two halves. `begun` says only that this block runs: it orders no memory, and costs no
-// fence; `arrive` publishes what was written, `wait` sees what others published. peer: x in another block.
+// The barrier of a cluster in two halves. `begun` says only that this block runs: it orders no memory, and
+// costs no fence; `arrive` publishes what was written, `wait` sees what others published. peer: x in
+// another block.
 #if __CUDA_ARCH__ >= 900
-inline __device__ void cluster_begun() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
-inline __device__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
-inline __device__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+#define CLUSTER(what) asm volatile("barrier.cluster." what ".aligned;" ::: "memory")
+inline __device__ void cluster_begun() { CLUSTER("arrive.relaxed"); }
+inline __device__ void cluster_arrive() { CLUSTER("arrive.release"); }
+inline __device__ void cluster_wait() { CLUSTER("wait.acquire"); }
 template <class X> __device__ X* peer(X* x, int block) {
   asm("mapa.u64 %0, %0, %1;" : "+l"(x) : "r"(block));
   return x;
@@ -52,7 +54,7 @@ template <class X> __device__ X* peer(X* x, int) { return x; }
 
 namespace t2t {
 
-// -------------------------------------------------------------------------------------------------- numbers
+// ------------------------------------------------------------------------------------------------- numbers
 template <class T> using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 inline __device__ double exponent(double x) { return exp(x); }
@@ -87,7 +89,7 @@ template <class A, int WARPS> __device__ A block_sum(A a, A* sums) {
   return a;
 }
 
-// ---------------------------------------------------------------------------------------------------- cells
+// --------------------------------------------------------------------------------------------------- cells
 template <class T> struct alignas(16) Cell { T v[16 / sizeof(T)]; };
 
 template <class T> __device__ Cell<T> load(const T* x) {
@@ -96,7 +98,7 @@ template <class T> __device__ Cell<T> load(const T* x) {
   memcpy(&c, &bits, 16);
   return c;
 }
-template <class T> __device__ Cell<T> larger(Cell<T> a, Cell<T> b) {    // place by place; NaN gives way to a number
+template <class T> __device__ Cell<T> larger(Cell<T> a, Cell<T> b) {  // by place; NaN gives way
   if constexpr (sizeof(T) == 2) {                                      // two places an instruction
     using Pair = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
     Pair p[4], q[4];
@@ -114,8 +116,8 @@ template <class T> __device__ void store(T* x, const Cell<T>& c) {
   *(uint4*)x = bits;
 }
 
-// V elements = front, whole cells, back. End e of `ends` = front + back is element end(e). 64-bit indices within a
-// row would cost registers: I is int but for scale.
+// V elements = front, whole cells, back. End e of `ends` = front + back is element end(e). 64-bit indices
+// within a row would cost registers: I is int but for scale.
 template <class T, class I = int> struct Cut {
   static constexpr int E = 16 / sizeof(T);
   int front, ends;
@@ -132,8 +134,8 @@ template <class T, class I = int> struct Cut {
 constexpr int K_HELD = 1024;            // so many targets fit into shared memory beside a slice
 HD int held(int64_t K) { return K <= K_HELD ? int(K) : 0; }
 
-// Shared memory of a block: `tile` cells of its slice, the row's ends, (m, s) of all `pairs` warps of the row, a
-// number for each of its own warps, and the row's targets: index, p, q, logit.
+// Shared memory of a block: `tile` cells of its slice, the row's ends, (m, s) of all `pairs` warps of the
+// row, a number for each of its own warps, and the row's targets: index, p, q, logit.
 template <class T> struct Shared {
   using A = Acc<T>;
   Cell<T>* cells;
@@ -168,8 +170,8 @@ template <class T> struct Tile {
   }
 };
 
-// Read the tile: keep it in shared memory, or count it into this thread's (m, s), or both. Eight loads are under
-// way at a time; their maximum is taken first, so s is rescaled once, and there is one exp an element.
+// Read the tile: keep it in shared memory, or count it into this thread's (m, s), or both. Eight loads are
+// under way at a time; their maximum is taken first: s is rescaled once, and an element costs one exp.
 template <class T, bool HOLD, bool COUNT, int THREADS>
 __device__ Stats<Acc<T>> read(const T* x, const Tile<T>& tile, const Shared<T>& sh) {
   using A = Acc<T>;
@@ -179,8 +181,8 @@ __device__ Stats<Acc<T>> read(const T* x, const Tile<T>& tile, const Shared<T>& 
   for (int j = tile.begin + t; j < tile.end; j += U * THREADS) {
     Cell<T> c[U];
 #pragma unroll
-    for (int u = 0; u < U; u++) {                                      // past the end: its first cell again, as a
-      int i = j + u * THREADS;                                         // branch would come between the loads
+    for (int u = 0; u < U; u++) {
+      int i = j + u * THREADS;               // past the end j again: a branch would come between the loads
       c[u] = load(x + tile.cut.front + (i < tile.end ? i : j) * E);
     }
     if (HOLD)
@@ -215,8 +217,8 @@ __device__ Stats<Acc<T>> read(const T* x, const Tile<T>& tile, const Shared<T>& 
   return r;
 }
 
-// dx = f(x) for the tile in shared memory, or zeros (sh null). Each thread takes what it has itself put there: no
-// barrier before. Where dx is not aligned as x is, elements are stored one by one.
+// dx = f(x) for the tile in shared memory, or zeros (sh null). Each thread takes what it has itself put
+// there: no barrier before. Where dx is not aligned as x is, elements are stored one by one.
 template <class T, int THREADS, class F>
 __device__ void write(T* dx, const Tile<T>& tile, const Shared<T>* sh, F f) {
   constexpr int E = Cut<T>::E;
@@ -237,23 +239,30 @@ __device__ void write(T* dx, const Tile<T>& tile, const Shared<T>* sh, F f) {
   if (t < tile.ends) dx[tile.cut.end(t)] = sh ? f(sh->ends[t]) : T(0.f);
 }
 
-// ----------------------------------------------------------------------------------------------------- rows
+// ---------------------------------------------------------------------------------------------------- rows
 //                                                   bytes of DRAM a row       H200
 //     LOSS     x streams through registers           V b                      not run
 //     KEEP     slices stay in shared memory          2 V b                    not run
 //     REREAD   tile by tile, x is read again         3 V b, less what the     not run
 //                                                    L2 cache kept; 2 V b if the stats are known
 //
-// and K (index + p) bytes for each of the C blocks. b = sizeof(T). THREADS = 256 with 80 registers lets three
-// blocks share an SM of 228 KB if each takes at most 75: while one waits for its peers, two keep loads under way.
+// and K (index + p) bytes for each of the C blocks. b = sizeof(T). THREADS = 256 with 80 registers lets
+// three blocks share an SM of 228 KB if each takes at most 75: while one waits for its peers, two keep
+// loads under way. LOSS, without slices in shared memory, has 64 registers and four blocks.
 //
-// In place (dx = x) is safe: what is read of other blocks' slices, the logits at targets for the loss, is read
-// before the one barrier of the cluster, and every store comes after it. Behind it no block touches another's
-// shared memory, so each may leave when it is done. No result depends on timing: there are no atomics.
+// In place (dx = x) is safe: what is read of other blocks' slices, the logits at targets for the loss, is
+// read before the one barrier of the cluster, and every store comes after it. Behind it no block touches
+// another's shared memory, so each may leave when it is done. No atomics: no result depends on timing.
 enum Mode { LOSS, KEEP, REREAD };
 
+template <class A> __device__ Targets<A> targets_of(const Rows& r, int64_t n) {
+  const char* i = (const char*)r.indices + n * r.K * (r.wide ? 8 : 4);
+  return {i, (const A*)r.probs + n * r.K, r.K, r.V, r.wide, r.merged};
+}
+
 template <class T, Mode M, int THREADS>
-__global__ void __launch_bounds__(THREADS, sizeof(T) == 8 ? 2 : M == LOSS ? 4 : 3) rows_kernel(const Rows r, const int C, const int tile_cells) {
+__global__ void __launch_bounds__(THREADS, sizeof(T) == 8 ? 2 : M == LOSS ? 4 : 3)
+rows_kernel(const Rows r, const int C, const int tile_cells) {
   using A = Acc<T>;
   constexpr int WARPS = THREADS / 32;
   static_assert(THREADS % 32 == 0 && THREADS >= 2 * Cut<T>::E - 2);
@@ -267,9 +276,9 @@ __global__ void __launch_bounds__(THREADS, sizeof(T) == 8 ? 2 : M == LOSS ? 4 : 
   Tile<T> tile{cut, slice.begin, slice.end, c == 0 ? cut.ends : 0};
 
   // P, and the targets into shared memory
-  Targets<A> q{(const char*)r.indices + n * K * (r.wide ? 8 : 4), (const A*)r.probs + n * K, K, r.V, r.wide, r.merged};
+  Targets<A> q = targets_of<A>(r, n);
   A P = 0;
-#pragma unroll 1                                                       // K is small, and so should be the code
+#pragma unroll 1                                                    // K is small, and so should be the code
   for (int k = t; k < K; k += THREADS) {
     int v = int(q.index(k));
     A p = v < 0 ? A(0) : q.p[k];
@@ -280,7 +289,7 @@ __global__ void __launch_bounds__(THREADS, sizeof(T) == 8 ? 2 : M == LOSS ? 4 : 
   if (P == 0) {                                                        // in all C blocks alike
     if (M != LOSS) write<T, THREADS>(dx, tile, (const Shared<T>*)nullptr, [](T v) { return v; });
     if (c == 0 && t == 0 && r.loss) ((A*)r.loss)[n] = 0;
-    if (c == 0 && t == 0 && r.stats && !r.known) ((Stats<A>*)r.stats)[n] = {0, 1};     // nobody will use them
+    if (c == 0 && t == 0 && r.stats && !r.known) ((Stats<A>*)r.stats)[n] = {0, 1};   // nobody will use them
     return;
   }
   if (C > 1) cluster_begun();
@@ -289,7 +298,7 @@ __global__ void __launch_bounds__(THREADS, sizeof(T) == 8 ? 2 : M == LOSS ? 4 : 
   Stats<A> row;
   if (M == KEEP || !r.known) row = warp_join(read<T, M == KEEP, true, THREADS>(x, tile, sh));
 
-  // q from p, and for the loss the logits at targets. Beyond K_HELD targets are merged and stay where they are
+  // q from p, and for the loss the logits at targets. Beyond K_HELD: merged, and they stay where they are
   if (K_held) {
     q = {sh.i, sh.p, K, r.V, false, r.merged};
 #pragma unroll 1
@@ -302,7 +311,7 @@ __global__ void __launch_bounds__(THREADS, sizeof(T) == 8 ? 2 : M == LOSS ? 4 : 
   }
 
   // (m, s) of the row: every warp's pair to every block, and the same sum in the same order everywhere
-  if (C > 1) cluster_wait();                                           // a block has shared memory once it runs
+  if (C > 1) cluster_wait();                                       // a block has shared memory once it runs
   if (t % 32 < C) *peer(sh.pairs + c * WARPS + t / 32, t % 32) = row;
   if (C > 1) cluster_arrive(), cluster_wait();
   else __syncthreads();
@@ -337,27 +346,28 @@ __global__ void __launch_bounds__(THREADS, sizeof(T) == 8 ? 2 : M == LOSS ? 4 : 
 #pragma unroll 1
     for (int k = t; k < K; k += THREADS)
       if (int v = int(q.index(k)); v >= 0 && q.p[k] != 0)
-        if (const T* at = tile.find(v, sh)) dx[v] = rounded<T>(target_grad(q.p[k], A(number(*at)), row, g, P));
-    if (M == REREAD) __syncthreads();                                  // before the next tile overwrites this
+        if (const T* at = tile.find(v, sh))
+          dx[v] = rounded<T>(target_grad(q.p[k], A(number(*at)), row, g, P));
+    if (M == REREAD) __syncthreads();                                // before the next tile overwrites this
     tile.begin = tile.end, tile.ends = 0;
   } while (M == REREAD && tile.begin < slice.end);
 }
 
-// dx (N,V) += alpha q: thread (n, k) owns target k of row n, and does nothing at the second of two duplicates.
-// Moves N K (index + p) bytes and a sector of dx each way a target. H200: not run.
+// dx (N,V) += alpha q: thread (n, k) owns target k of row n, and does nothing at the second of two
+// duplicates. Moves N K (index + p) bytes and a sector of dx each way a target. H200: not run.
 template <class T> __global__ void scatter_kernel(const Rows r, const Acc<T> alpha) {
   using A = Acc<T>;
-  int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x, n = i / r.K, k = i % r.K, K = r.K;
+  int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x, n = i / r.K, k = i % r.K;
   if (n >= r.N) return;
-  Targets<A> q{(const char*)r.indices + n * K * (r.wide ? 8 : 4), (const A*)r.probs + n * K, K, r.V, r.wide, r.merged};
+  Targets<A> q = targets_of<A>(r, n);
   if (A q_k = q.mass(k); q_k != 0) {
     T* at = (T*)r.dx + n * r.dx_stride + q.index(k);
     *at = rounded<T>(number(*at) + alpha * q_k);
   }
 }
 
-// x (n,) *= *g: a thread owns every (grid)-th cell, thread 0.. of block 0 the ends. Moves 2 n b bytes, or, if
-// *g is 1 as in loss.backward(), none. H200: not run.
+// x (n,) *= *g: a thread owns every (grid)-th cell, thread 0.. of block 0 the ends. Moves 2 n b bytes, or,
+// if *g is 1 as in loss.backward(), none. H200: not run.
 template <class T> __global__ void scale_kernel(T* x, const int64_t n, const Acc<T>* g) {
   const Acc<T> f = *g;
   if (f == 1) return;
