@@ -70,9 +70,14 @@ static void check(const Tensor& x, const Tensor& indices, const Tensor& probs) {
 // (N,K), (N,K) -> sorted, each index once a row, as `merge` in t2t.py: for K so large that comparing pairs would hurt.
 static Two merge(const Tensor& indices, const Tensor& probs) {
   auto [i, order] = indices.to(at::kLong).sort(1);
-  Tensor p = probs.gather(1, order), before = at::constant_pad_nd(i.slice(1, 0, -1), {1, 0}, INT64_MIN);
-  Tensor place = i.ne(before).cumsum(1).sub_(1);              // how many distinct indices stand before this one
+  Tensor p = probs.gather(1, order), changed = i.slice(1, 1).ne(i.slice(1, 0, -1));
+  Tensor place = at::constant_pad_nd(changed, {1, 0}, 0).cumsum(1);        // distinct indices before this one
   return {at::full_like(i, -1).scatter_(1, place, i), at::zeros_like(p).scatter_add_(1, place, p)};
+}
+
+static void check_weight(const Tensor& g, const Tensor& x) {
+  TORCH_CHECK_VALUE(g.dim() == 1 && (g.size(0) == 1 || g.size(0) == x.size(0)) && g.device() == x.device(),
+                    "g: expected (1,) or (", x.size(0), ",) on ", x.device(), ", got ", g.sizes(), " on ", g.device());
 }
 
 static Type type_of(const Tensor& x) {
@@ -107,8 +112,12 @@ static void run(const Tensor& x, Tensor indices, Tensor probs, const Tensor& g, 
 
 // Rows may be far apart, but the elements of a row must be neighbours.
 static Tensor readable(const Tensor& x) { return x.stride(1) == 1 || x.size(1) == 1 ? x : x.contiguous(); }
-static bool own_rows(const Tensor& x) {                       // may be written over: no two elements are the same memory
+// May be written over: neighbours, and no two of them the same memory.
+static bool own_rows(const Tensor& x) {
   return (x.sym_stride(1) == 1 || x.sym_size(1) == 1) && (x.sym_size(0) < 2 || x.sym_stride(0) >= x.sym_size(1));
+}
+static void check_own_rows(const char* name, const Tensor& x) {
+  TORCH_CHECK_VALUE(own_rows(x), name, ": expected rows of their own to write over, got strides ", x.strides());
 }
 
 // --------------------------------------------------------------------------------------- the parts, CPU and CUDA
@@ -119,29 +128,35 @@ Two kl_loss(const Tensor& logits, const Tensor& indices, const Tensor& probs) {
   return {loss, stats};
 }
 
-Tensor kl_grad(const Tensor& logits, const Tensor& indices, const Tensor& probs, const Tensor& stats, const Tensor& g) {
-  check(logits, indices, probs);
+Tensor kl_grad(const Tensor& logits, const Tensor& indices, const Tensor& probs, const Tensor& stats,
+               const Tensor& g) {
+  check(logits, indices, probs), check_weight(g, logits);
+  TORCH_CHECK_VALUE(stats.dim() == 2 && stats.size(0) == logits.size(0) && stats.size(1) == 2 &&
+                    stats.dtype() == accumulated(logits).dtype() && stats.device() == logits.device(),
+                    "stats: expected what kl_loss gave for these logits, got ", stats.sizes(), " ", stats.dtype());
   Tensor x = readable(logits), dx = fresh(x.sym_sizes(), x.options());
   run(x, indices, probs, g, dx, {}, stats.contiguous(), true);
   return dx;
 }
 
 Two kl_loss_grad(const Tensor& logits, const Tensor& indices, const Tensor& probs, const Tensor& g) {
-  check(logits, indices, probs);
+  check(logits, indices, probs), check_weight(g, logits);
   Tensor x = readable(logits), loss = losses(x), dx = fresh(x.sym_sizes(), x.options());
   run(x, indices, probs, g, dx, loss);
   return {loss, dx};
 }
 
 Tensor kl_loss_grad_(const Tensor& logits, const Tensor& indices, const Tensor& probs, const Tensor& g) {
-  check(logits, indices, probs);
-  TORCH_CHECK_VALUE(own_rows(logits), "logits: expected rows of their own to write a gradient over, got strides ", logits.strides());
+  check(logits, indices, probs), check_weight(g, logits), check_own_rows("logits", logits);
   Tensor loss = losses(logits);
   run(logits, indices, probs, g, logits, loss);
+  torch::autograd::impl::bump_version(logits);                 // autograd sees no stores: say so
   return loss;
 }
 
 void scale_(const Tensor& x, const Tensor& g) {               // x *= g, one number; if that is 1, x is not touched
+  TORCH_CHECK_VALUE(g.numel() == 1 && g.device() == x.device(),
+                    "g: expected one number on ", x.device(), ", got ", g.sizes());
   if (x.numel() == 0) return;
   Tensor a = g.to(accumulated(x));
 #ifdef T2T_CUDA
@@ -149,6 +164,7 @@ void scale_(const Tensor& x, const Tensor& g) {               // x *= g, one num
     c10::cuda::CUDAGuard guard(x.device());
     C10_CUDA_CHECK(scale_cuda(type_of(x), x.mutable_data_ptr(), x.numel(), a.const_data_ptr(),
                               c10::cuda::getCurrentCUDAStream()));
+    torch::autograd::impl::bump_version(x);
     return;
   }
 #endif
@@ -157,8 +173,9 @@ void scale_(const Tensor& x, const Tensor& g) {               // x *= g, one num
 
 void scatter_targets_(const Tensor& out, const Tensor& indices, const Tensor& probs, double alpha) {
   check(out, indices, probs);
-  TORCH_CHECK_VALUE(readable(out).is_same(out), "out: expected rows of neighbouring elements, got strides ", out.strides());
+  check_own_rows("out", out);
   run(out, indices, probs, {}, out, {}, {}, false, &alpha);
+  torch::autograd::impl::bump_version(out);
 }
 Tensor scatter_targets(const Tensor& indices, const Tensor& probs, int64_t V) {
   Tensor out = at::zeros({indices.size(0), V}, probs.options());
@@ -173,9 +190,12 @@ Four linear_kl(const Tensor& hidden, const Tensor& weight, const MaybeTensor& bi
                bool want_h, bool want_W, bool want_b) {
   TORCH_CHECK_VALUE(hidden.dim() == 2 && weight.dim() == 2 && hidden.size(1) == weight.size(1) &&
                     hidden.dtype() == weight.dtype() && (!bias || bias->dtype() == weight.dtype()),
-                    "hidden, weight and bias: expected (N,C), (V,C), (V,) of one type, got ", hidden.sizes(), hidden.dtype(),
-                    " and ", weight.sizes(), weight.dtype());
+                    "hidden, weight and bias: expected (N,C), (V,C), (V,) of one type, got ", hidden.sizes(),
+                    hidden.dtype(), " and ", weight.sizes(), weight.dtype());
+  TORCH_CHECK_VALUE(!bias || bias->sizes() == weight.sizes().slice(0, 1),
+                    "bias: expected (", weight.size(0), ",), got ", bias->sizes());
   TORCH_CHECK_VALUE(chunk > 0, "chunk: expected 1 or more, got ", chunk);
+  check(hidden.new_empty({1, 1}).expand({hidden.size(0), weight.size(0)}), indices, probs), check_weight(g, hidden);
   int64_t N = hidden.size(0), V = weight.size(0), step = std::min(chunk, N);
   Tensor loss = losses(hidden), z = fresh({step, V}, hidden.options()), W = weight.t(), a = g.to(accumulated(hidden));
   Tensor dh = want_h ? at::empty(hidden.sizes(), hidden.options()) : no_tensor(hidden);
@@ -225,7 +245,9 @@ Tensor scatter_targets_meta(const Tensor& indices, const Tensor& probs, c10::Sym
 }
 Four linear_kl_meta(const Tensor& hidden, const Tensor& weight, const MaybeTensor&, const Tensor&, const Tensor&,
                     const Tensor&, double, std::optional<double>, int64_t, bool want_h, bool want_W, bool want_b) {
-  auto like = [](const Tensor& t, bool want) { return want ? at::empty_symint(t.sym_sizes(), t.options()) : no_tensor(t); };
+  auto like = [](const Tensor& t, bool want) {
+    return want ? at::empty_symint(t.sym_sizes(), t.options()) : no_tensor(t);
+  };
   return {losses(hidden), like(hidden, want_h), like(weight, want_W),
           want_b ? at::empty_symint({weight.sym_size(0)}, weight.options()) : no_tensor(weight)};
 }
@@ -236,7 +258,8 @@ Four linear_kl_meta(const Tensor& hidden, const Tensor& weight, const MaybeTenso
 // What the loss of a row is multiplied by, (1,): 1 over the number of rows with a target for a mean.
 static Tensor weight_of(const Tensor& x, const Tensor& indices, const Tensor& probs, int64_t reduction) {
   if (reduction != MEAN) return at::ones({1}, accumulated(x));
-  return indices.ge(0).logical_and_(probs.gt(0)).any(1).sum().clamp_min_(1).to(accumulated(x)).reciprocal().unsqueeze(0);
+  Tensor valid = indices.ge(0).logical_and_(probs.gt(0)).any(1).sum();
+  return valid.clamp_min_(1).to(accumulated(x)).reciprocal().unsqueeze(0);
 }
 static Tensor reduce(const Tensor& loss, const Tensor& weight, int64_t reduction) {
   return reduction == NONE ? loss : loss.sum() * weight.squeeze(0);
@@ -309,8 +332,9 @@ struct Linear : torch::autograd::Function<Linear> {
     bool h = d["h"].toBool(), W = d["W"].toBool(), b = d["b"].toBool();
     if (d["later"].toBool()) {
       std::tie(dh, dW, db) = [&] {
-        auto [_, x, y, z] = CALL(linear_kl)(s[0], s[1], s[4].defined() ? MaybeTensor(s[4]) : MaybeTensor(), s[2], s[3], g,
-            d["scale"].toDouble(), d["softcap"].toOptional<double>(), d["chunk"].toInt(), h, W, b);
+        MaybeTensor bias = s[4].defined() ? MaybeTensor(s[4]) : MaybeTensor();
+        auto [_, x, y, z] = CALL(linear_kl)(s[0], s[1], bias, s[2], s[3], g, d["scale"].toDouble(),
+                                            d["softcap"].toOptional<double>(), d["chunk"].toInt(), h, W, b);
         return std::make_tuple(x, y, z);
       }();
     } else {
@@ -341,8 +365,8 @@ Tensor linear_vocab_kl(const Tensor& hidden, const Tensor& weight, const Tensor&
   if (wanted(hidden) || wanted(weight) || (bias && wanted(*bias)))
     return Linear::apply(hidden, weight, indices, probs, bias, reduction, scale, softcap, chunk);
   Tensor g = weight_of(hidden, indices, probs, reduction);
-  return reduce(std::get<0>(CALL(linear_kl)(hidden, weight, bias, indices, probs, g, scale, softcap, chunk, false, false,
-                                            false)), g, reduction);
+  auto all = CALL(linear_kl)(hidden, weight, bias, indices, probs, g, scale, softcap, chunk, false, false, false);
+  return reduce(std::get<0>(all), g, reduction);
 }
 
 // Under autocast the head is applied as F.linear would: in the lower precision. The loss is in float32 anyway.
@@ -351,9 +375,10 @@ Tensor linear_autocast(const Tensor& hidden, const Tensor& weight, const Tensor&
                        const MaybeTensor& bias, int64_t reduction, double scale, std::optional<double> softcap,
                        int64_t chunk) {
   c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::DispatchKeySet{key});
-  auto low = [&](const Tensor& t) { return at::autocast::cached_cast(at::autocast::get_autocast_dtype(device), t, device); };
-  return CALL(linear_vocab_kl)(low(hidden), low(weight), indices, probs, bias ? MaybeTensor(low(*bias)) : bias, reduction,
-                               scale, softcap, chunk);
+  auto type = at::autocast::get_autocast_dtype(device);
+  auto low = [&](const Tensor& t) { return at::autocast::cached_cast(type, t, device); };
+  return CALL(linear_vocab_kl)(low(hidden), low(weight), indices, probs, bias ? MaybeTensor(low(*bias)) : bias,
+                               reduction, scale, softcap, chunk);
 }
 
 }  // namespace t2t
@@ -361,14 +386,15 @@ Tensor linear_autocast(const Tensor& hidden, const Tensor& weight, const Tensor&
 TORCH_LIBRARY(t2t, m) {                                       // reduction: 0 none, 1 mean, 2 sum
   m.def("vocab_kl(Tensor logits, Tensor indices, Tensor probs, int reduction=1) -> Tensor", t2t::vocab_kl);
   m.def("vocab_kl_(Tensor(a!) logits, Tensor indices, Tensor probs, int reduction=1) -> Tensor", t2t::vocab_kl_);
-  m.def("linear_vocab_kl(Tensor hidden, Tensor weight, Tensor indices, Tensor probs, Tensor? bias=None, int reduction=1, "
-        "float scale=1, float? softcap=None, int chunk=1024) -> Tensor", t2t::linear_vocab_kl);
+  m.def("linear_vocab_kl(Tensor hidden, Tensor weight, Tensor indices, Tensor probs, Tensor? bias=None, "
+        "int reduction=1, float scale=1, float? softcap=None, int chunk=1024) -> Tensor", t2t::linear_vocab_kl);
   m.def("kl_loss(Tensor logits, Tensor indices, Tensor probs) -> (Tensor loss, Tensor stats)");
   m.def("kl_grad(Tensor logits, Tensor indices, Tensor probs, Tensor stats, Tensor g) -> Tensor");
   m.def("kl_loss_grad(Tensor logits, Tensor indices, Tensor probs, Tensor g) -> (Tensor loss, Tensor dx)");
   m.def("kl_loss_grad_(Tensor(a!) logits, Tensor indices, Tensor probs, Tensor g) -> Tensor");
-  m.def("linear_kl(Tensor hidden, Tensor weight, Tensor? bias, Tensor indices, Tensor probs, Tensor g, float scale, "
-        "float? softcap, int chunk, bool want_h, bool want_W, bool want_b) -> (Tensor loss, Tensor dh, Tensor dW, Tensor db)");
+  m.def("linear_kl(Tensor hidden, Tensor weight, Tensor? bias, Tensor indices, Tensor probs, Tensor g, "
+        "float scale, float? softcap, int chunk, bool want_h, bool want_W, bool want_b) "
+        "-> (Tensor loss, Tensor dh, Tensor dW, Tensor db)");
   m.def("scale_(Tensor(a!) x, Tensor g) -> ()");
   m.def("scatter_targets(Tensor indices, Tensor probs, SymInt V) -> Tensor");
   m.def("scatter_targets_(Tensor(a!) out, Tensor indices, Tensor probs, float alpha=1) -> ()");
@@ -397,10 +423,6 @@ TORCH_LIBRARY_IMPL(t2t, Autograd, m) {                        // the parts say s
                     "scatter_targets_"})
     m.impl(name, torch::autograd::autogradNotImplementedFallback());
 }
-TORCH_LIBRARY_IMPL(t2t, ADInplaceOrView, m) {                 // counts the version of what they overwrite
-  for (auto name : {"kl_loss_grad_", "scale_", "scatter_targets_"})
-    m.impl(name, torch::autograd::autogradNotImplementedInplaceOrViewFallback());
-}
 TORCH_LIBRARY_IMPL(t2t, AutocastCPU, m) {
   m.impl("linear_vocab_kl", t2t::linear_autocast<c10::DispatchKey::AutocastCPU, c10::kCPU>);
 }
@@ -411,7 +433,7 @@ TORCH_LIBRARY_IMPL(t2t, AutocastCUDA, m) {
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {                    // importing it registers the operations with torch
   m.def("isa", t2t::isa, "instruction set of the CPU kernel: portable, avx2 or avx512");
   m.def("use_isa", t2t::use_isa, "choose it, for tests; False if this machine has none of that name");
-  m.def("exp", [](std::vector<float> x) { std::vector<float> y(x.size()); t2t::exp_f32(x.data(), y.data(), x.size()); return y; });
+  m.def("exp", [](std::vector<float> x) { return t2t::exp_f32(x.data(), x.data(), x.size()), x; });
 #ifdef T2T_CUDA
   m.attr("cuda") = true;
 #else

@@ -96,7 +96,8 @@ void exp_f32(const float* x, float* y, int64_t n) { chosen.load()->exp(x, y, n);
 // The targets of row n, each index once: v, q, and the logit there, read before a gradient may overwrite it.
 template <class A> struct Target { int64_t v; A q, x; };
 template <class T, class A> static A gather(const Rows& j, int64_t n, std::vector<Target<A>>& out) {
-  Targets<A> row{(const char*)j.indices + n * j.K * (j.wide ? 8 : 4), (const A*)j.probs + n * j.K, j.K, j.V, j.wide, j.merged};
+  const char* indices = (const char*)j.indices + n * j.K * (j.wide ? 8 : 4);
+  Targets<A> row{indices, (const A*)j.probs + n * j.K, j.K, j.V, j.wide, j.merged};
   const T* x = j.x ? (const T*)j.x + n * j.x_stride : nullptr;
   uint64_t seen[16] = {};                                     // a hash of 1,024 bits: most indices are plainly new
   A P = 0;

@@ -135,7 +135,8 @@ static void write_kept(const float* e, const float* r, T* dx, int64_t V, Stats<f
     F a = all(factor * shift(r[begin / BLOCK], row.m));
     auto scaled = [&](Pair p) __attribute__((always_inline)) { return Pair{a * p.a, a * p.b}; };
     for (v = begin; v + 2 * L <= end; v += 2 * L) store(dx + v, scaled(load(e + v)));
-    if (v < end) store_some(dx + v, end - v, scaled(std::is_same_v<T, float> ? load_some(e + v, end - v) : load(e + v)));
+    if (v < end)
+      store_some(dx + v, end - v, scaled(std::is_same_v<T, float> ? load_some(e + v, end - v) : load(e + v)));
   }
 }
 template <class T> static void write_grad(const T* x, T* dx, int64_t V, Stats<float> row, float factor) {
