@@ -1,6 +1,7 @@
 """What the tests share: a small corpus, a tokenizer trained on it, small random models of many families.
 
 Everything runs offline, on a CPU, in minutes:  python -m pytest -q
+With --slow also what takes minutes or gigabytes; what needs a GPU runs where there is one.
 """
 import os
 import sys
@@ -12,6 +13,43 @@ import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import build_ext  # noqa: E402
+from corpus import Error, place  # noqa: E402
+
+try:                                                          # once, into the user's own cache
+    build_ext.load(build=True)
+    NO_EXT, BUILT = "", place("csrc", build_ext.folder_name()).resolve()
+except Error as e:
+    NO_EXT = f"the extension is not built: {e}"
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+
+
+def pytest_collection_modifyitems(config, items):
+    skip = {"ext": NO_EXT, "slow": "" if config.getoption("--slow") else "slow: pass --slow",
+            "gpu": "" if torch.cuda.is_available() else "no GPU"}
+    for item in items:
+        for marker, reason in skip.items():
+            if reason and item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(params=["torch", pytest.param("ext", marks=pytest.mark.ext)])
+def impl(request):
+    return request.param
+
+
+@pytest.fixture
+def ext():
+    """The compiled module, back on its best instruction set and thread count afterwards."""
+    module = build_ext.load(build=False)
+    before, threads = module.isa(), torch.get_num_threads()
+    yield module
+    module.use_isa(before)
+    torch.set_num_threads(threads)
 
 ANIMALS = "dog cat horse bird fish wolf sheep goat mouse lion".split()
 ACTIONS = "eats sees follows hears finds carries watches meets".split()
@@ -64,7 +102,11 @@ def texts_file(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("T2T_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+    cache = tmp_path_factory.getbasetemp() / "cache"
+    monkeypatch.setenv("T2T_CACHE", str(cache))
+    if not NO_EXT and not (cache / BUILT.name).is_symlink():
+        cache.mkdir(exist_ok=True)
+        (cache / BUILT.name).symlink_to(BUILT)                # for the processes that tests start
 
 
 FAMILIES = ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "gpt_neox", "phi", "cohere", "granite"]

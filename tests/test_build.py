@@ -1,0 +1,73 @@
+"""Building csrc/: what a user reads where there is no compiler, or a broken one. Builds nothing itself."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import build_ext
+from corpus import Error
+
+ROOT = Path(build_ext.__file__).parent
+
+
+def python(*args, cache, **env):
+    """-> status, output, error lines of a process of its own."""
+    env = {**os.environ, "T2T_CACHE": str(cache), "OMP_NUM_THREADS": "1", **env}
+    command = [sys.executable, *map(str, args)]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_without_a_compiler(tmp_path):
+    status, out, err = python("build_ext.py", cache=tmp_path / "cache", CXX="no-such")
+    assert status and not out and len(err.splitlines()) == 1
+    assert err.startswith("build_ext.py: error: csrc/: expected a C++ compiler") and "no-such" in err
+
+
+def test_without_ninja(monkeypatch):
+    monkeypatch.setattr(build_ext.shutil, "which", lambda tool: None if tool == "ninja" else tool)
+    with pytest.raises(Error, match="pip install ninja.*--impl torch"):
+        build_ext.tools()
+
+
+def test_with_a_compiler_that_fails(tmp_path):
+    status, out, err = python("build_ext.py", cache=tmp_path / "cache", CXX="false")
+    assert status and "Traceback" not in err
+    assert "build_ext.py: error: csrc/: " in err and "--impl torch" in err
+    assert not list((tmp_path / "cache").glob("csrc*"))           # nothing half-built is left to be found
+
+
+def test_the_library_without_the_extension(tmp_path):
+    """auto takes what is there and builds nothing; ext says what is missing."""
+    code = """if True:
+        import build_ext, corpus, torch, t2t
+        x, i, p = torch.zeros(1, 4), torch.tensor([[1]]), torch.ones(1, 1)
+        assert build_ext.load(build=False) is None
+        assert abs(t2t.vocab_kl(x, i, p).item() - torch.tensor(4.0).log()) < 1e-6
+        try:
+            t2t.vocab_kl(x, i, p, impl="ext")
+        except corpus.Error as e:
+            assert "expected a C++ compiler" in str(e)
+        else:
+            raise SystemExit("no error")"""
+    assert python("-c", code, cache=tmp_path, CXX="no-such") == (0, "", "")
+
+
+def test_training_falls_back_and_says_so(backbone, texts_file, tmp_path):
+    args = ["t2t.py", "--backbone", backbone, "--corpus", texts_file, "--steps", 2, "--top-k", 8,
+            "--device", "cpu"]
+    status, out, err = python(*args, "--out", tmp_path / "a", cache=tmp_path / "cache", CXX="no-such")
+    assert status == 0 and "loss by torch, not the extension: csrc/: expected a C++ compiler" in out
+    status, out, err = python(*args, "--out", tmp_path / "b", "--impl", "ext", cache=tmp_path / "cache",
+                              CXX="no-such")
+    errors = [line for line in err.splitlines() if line.startswith("t2t.py: error: ")]
+    assert status == 2 and len(errors) == 1 and "--impl ext: csrc/: expected a C++ compiler" in errors[0]
+    assert "Traceback" not in err
+
+
+@pytest.mark.ext
+def test_a_second_call_only_loads():
+    status, out, err = python("build_ext.py", cache=os.environ["T2T_CACHE"])
+    assert status == 0 and out.startswith("the extension is ready: ") and not err
