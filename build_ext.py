@@ -4,6 +4,7 @@ With CUDA where torch has it and nvcc is found (a GPU need not be there: TORCH_C
 architectures, else those of the GPUs here, else sm_80, sm_90 and sm_100), for CPU otherwise. The result is
 kept under a hash of the sources, the flags, torch and Python: a second call only loads it.
 """
+import functools
 import importlib.util
 import os
 import platform
@@ -28,7 +29,7 @@ def tools():
     if here not in os.environ["PATH"].split(os.pathsep):
         os.environ["PATH"] = here + os.pathsep + os.environ["PATH"]
     compiler = os.environ.get("CXX", "c++")
-    for tool, what in ((compiler, "a C++ compiler, as g++"), ("ninja", "the build tool, pip install ninja")):
+    for tool, what in ((compiler, "a C++ compiler, g++ 11 or later"), ("ninja", "the build tool, pip install ninja")):
         if not shutil.which(tool):
             raise Error(f"csrc/: expected {what}; {tool} is not on PATH: install it, or pass --impl torch")
 
@@ -39,13 +40,15 @@ def with_cuda():
     return bool(torch.version.cuda and CUDA_HOME and (Path(CUDA_HOME) / "bin" / "nvcc").exists())
 
 
+@functools.lru_cache(1)
 def folder_name():
-    """A hash of all that the result depends on."""
+    """A hash of all that the result depends on. Reads csrc/ once a process."""
     import torch
     cuda = with_cuda()
+    gpus = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())] if cuda else []
     files = [f for f in sorted(CSRC.iterdir()) if cuda or f.suffix not in (".cu", ".cuh")]
     return key([code(f) for f in files], CFLAGS, NVCC, torch.__version__, platform.machine(), sys.version,
-               cuda, *map(os.environ.get, ("CXX", "CFLAGS", "TORCH_CUDA_ARCH_LIST")))
+               cuda, sorted(gpus), *map(os.environ.get, ("CXX", "CFLAGS", "TORCH_CUDA_ARCH_LIST")))
 
 
 def load(build):
@@ -55,14 +58,14 @@ def load(build):
     if "t2t_ext" in sys.modules:
         return sys.modules["t2t_ext"]
     cuda = with_cuda()
-    if cuda and not torch.cuda.is_available():                 # with no GPU to ask, torch has no default
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0")
     if not place("csrc", folder_name()).exists():
         if not build:
             return None
         tools()
 
     def write(folder):
+        if cuda and not torch.cuda.is_available():             # with no GPU to ask, torch has no default
+            os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0")
         print(f"building csrc/{' with CUDA' * cuda}, once, about a minute ...", file=sys.stderr, flush=True)
         files = [str(CSRC / f) for f in ["bind.cpp", "cpu.cpp"] + ["cuda.cu"] * cuda]
         flags = CFLAGS + ["-DT2T_CUDA"] * cuda + os.environ.get("CFLAGS", "").split()

@@ -195,7 +195,7 @@ def targets_of(config, tokens, words, model, tok, custom=None):
         raise Error(f"--top-k: expected at most the size of the vocabulary, {V}, got {K}")
     parts = [custom] if custom else []
     # OURS: `both` is an even mixture, K/2 tokens from each side; a token on both sides has both weights.
-    k = K if config.method != "both" else max(1, K // 2)
+    k = K if config.method != "both" else K // 2
     if config.method in ("data", "both") and not custom:
         idf = np.log(N / np.maximum(1, tokens.df))
         parts.append(lambda rows: data_targets(rows, words, idf, k, config.temperature))
@@ -212,7 +212,8 @@ def targets_of(config, tokens, words, model, tok, custom=None):
 def build_targets(config, tokens, *given, custom=None):
     """q for every text of the corpus, memory-mapped; `given` as targets_of takes it."""
     name = None if custom else key(code(__file__), str(tokens.folder), stamps(resolve(config.backbone)),
-                                   config.method, config.top_k, config.temperature, config.seed)
+                                   config.method, config.top_k, config.temperature, config.seed,
+                                   config.method != "data" and str(given[1].dtype))
     make = functools.partial(targets_of, config, tokens, *given, custom=custom)
     return Targets(*keep_targets(name, tokens, config.top_k, make, 4096 if config.method == "data" else 64))
 
@@ -263,10 +264,12 @@ def model_targets(config, tokens, words, model, tok, K, sample=2048):
         return F.log_softmax(z.float(), -1).mean(0)
 
     some = order_of_texts(config.seed, 0, len(tokens.start) - 1)[:sample]
-    expected = sum(log_p(tokens.text(n)).double() for n in tqdm(some, "corpus mean")) / len(some)
+    some = [n for n in some if len(tokens.text(n))]
+    expected = sum(log_p(tokens.text(n)).double() for n in tqdm(some, "corpus mean")) / max(1, len(some))
 
     def rows_of(rows):
-        s = torch.stack([log_p(row) for row in rows]) - expected.float()   # (n,V)
+        s = torch.stack([log_p(row) if len(row) else expected.float() - torch.inf for row in rows])
+        s -= expected.float()                                              # (n,V)
         s.masked_fill_(canon < 0, -torch.inf)
         to = canon.clamp_min(0).expand_as(s)                           # a word scores as its best variant
         s = torch.full_like(s, -torch.inf).scatter_reduce_(1, to, s, "amax")
@@ -389,7 +392,7 @@ class Embedder:
         fold = torch.from_numpy(np.where(words.canon >= 0, words.canon, np.arange(len(words.canon))))
         p = F.softmax(H(torch.from_numpy(self.encode(texts)).to(H.weight)).float().cpu(), -1)          # (N,V)
         p, i = torch.zeros_like(p).index_add_(1, fold, p).topk(k, 1)
-        name = lambda v: words.text[v] or self.tok.decode([v])
+        name = lambda v: words.text[v] or repr(self.tok.decode([v]))       # a space would show as nothing
         return [[(name(v), w) for v, w in zip(*row)] for row in zip(i.tolist(), p.tolist())]
 
 
@@ -402,9 +405,10 @@ REDUCTIONS = ["none", "mean", "sum"]
 def compiled(impl, device="cpu"):
     """Whether the extension serves this call. "ext" builds it if need be, "auto" takes it if it is there."""
     ext = None if impl == "torch" else build_ext.load(build=impl == "ext")
-    here = ext is not None and (device != "cuda" or ext.cuda)
+    here = ext is not None and (device in ("cpu", "meta") or device == "cuda" and ext.cuda)
     if impl == "ext" and not here:
-        raise ValueError("impl: expected auto or torch: this build of the extension has no CUDA, got ext")
+        raise ValueError(f"impl: expected auto or torch on {device}, which this build of the extension does not "
+                         "serve, got ext")
     return here
 
 
@@ -506,10 +510,10 @@ def check_targets(name, rows, V, indices, probs, reduction, impl, check):
     expect(not probs.requires_grad, "probs", "constants", "requires_grad=True")
     check = rows.device.type == "cpu" and not torch.compiler.is_compiling() if check is None else check
     if check and indices.numel():
-        low, high = indices.min().item(), indices.max().item()
+        low, high = (x.item() for x in indices.aminmax())
         expect(-1 <= low and high < V, "indices", f"-1 to V - 1 = {V - 1}", f"{low} to {high}")
-        bad = probs[~(probs.isfinite() & (probs >= 0))]
-        expect(not len(bad), "probs", "finite and not negative", bad[:1].tolist())
+        low, high = (x.item() for x in probs.aminmax())                # NaN is neither
+        expect(low >= 0 and high < math.inf, "probs", "finite and not negative", f"{low} to {high}")
 
 
 # ------------------------------------------------------------------------------------------------ 5. training
@@ -560,8 +564,8 @@ def single_tokens(x, ids, mask, canon, H, impl, a_text=4):
 
     OURS: the mean of many states can fit a text's targets while each single state forgets its word; such
     embeddings know the topic and lose the words. x (B,T,C), ids and mask (B,T), canon (V,) -> (), a sum."""
-    word = (canon[ids] >= 0) & (mask > 0)                              # (B,T), all pieces of split words
-    every = -(-word.sum(1, keepdim=True) // a_text).clamp(max=-1)      # (B,1) take each n-th word of a text
+    word = (canon[ids] >= 0) & (mask > 0)                              # (B,T)
+    every = ((word.sum(1, keepdim=True) + a_text - 1) // a_text).clamp(min=1)  # (B,1) take each n-th word
     b, t = (word & ((word.cumsum(1) - 1) % every == 0)).nonzero(as_tuple=True)
     one = torch.ones(len(b), 1, device=x.device)
     return linear_vocab_kl(x[b, t], H.weight, canon[ids[b, t]][:, None], one, H.bias, "sum", impl, False,
@@ -570,9 +574,11 @@ def single_tokens(x, ids, mask, canon, H, impl, a_text=4):
 
 def choose(impl, device):
     """-> "ext" or "torch", and how to say so. auto: ext, built now if a compiler is there."""
+    if impl == "torch":
+        return impl, impl
     try:
-        return (impl, "torch") if impl == "torch" or not compiled("ext", device) else (
-            "ext", f"the extension ({'CUDA' if device == 'cuda' else build_ext.load(False).isa()})")
+        compiled("ext", device)
+        return "ext", f"the extension ({'CUDA' if device == 'cuda' else build_ext.load(False).isa()})"
     except (Error, ValueError) as e:
         if impl == "ext":
             raise Error(f"--impl ext: {e}") from None
@@ -681,8 +687,9 @@ def train(config, targets=None, on_step=None):
     if at["step"] < config.steps:
         raise KeyboardInterrupt(f"stopped after step {at['step']}: add --resume to the same command to go on")
     model = model.cpu().float().merge_and_unload() if rank else model
+    last = (out / "log.jsonl").read_text().splitlines()                # texts of like length go in runs of 16
     return finish(config, model, tok, before, t0 - begun["seconds"],
-                  loss=json.loads((out / "log.jsonl").read_text().splitlines()[-1])["loss"],
+                  loss=np.mean([json.loads(line)["loss"] for line in last[-16:]]).item(),
                   constant=q.constant, texts=len(lengths), texts_seen=config.steps * B,
                   corpus_hash=tokens.hash, padding=round(1 - at["read"] / at["cells"], 4))
 
@@ -712,7 +719,7 @@ def finish(config, model, tok, before, t0, loss=None, **facts):
     for text, old, new in zip(EXAMPLES, before, after):
         print(f"{text}\n    before   {line(old)}\n    after    {line(new)}")
     if loss is not None:
-        print(f"\nloss of the last step {loss:.3f} nats (best constant prediction {facts['constant']:.3f}), "
+        print(f"\nmean loss of the last 16 steps {loss:.3f} nats (best constant prediction {facts['constant']:.3f}), "
               f"{facts['padding']:.0%} padding, {facts['seconds']:.0f} s in all")
     print(f"{config.out}/ is ready:  SentenceTransformer({config.out!r})  or  python eval.py {config.out}")
     return config.out

@@ -11,9 +11,6 @@
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
 
 #include "cpu.h"
 #ifdef T2T_CUDA
@@ -38,21 +35,6 @@ static at::TensorOptions accumulated(const Tensor& x) {       // of losses, targ
 }
 static Tensor losses(const Tensor& x) { return at::empty_symint({x.sym_size(0)}, accumulated(x)); }
 static Tensor no_tensor(const Tensor& like) { return at::empty({0}, like.options()); }
-
-// Fresh memory. 100 MB are 32,000 pages of 4 KB, and the first touch of each costs more than the arithmetic on it: on
-// a CPU ask for pages of 2 MB, where they lie wholly inside.
-static Tensor fresh(c10::SymIntArrayRef shape, const at::TensorOptions& options) {
-  Tensor out = at::empty_symint(shape, options);
-#ifdef MADV_HUGEPAGE
-  constexpr uintptr_t page = 2 << 20;
-  if (out.is_cpu() && out.nbytes() >= 2 * page) {
-    uintptr_t begin = (uintptr_t)out.data_ptr(), end = begin + out.nbytes();
-    begin = (begin + page - 1) / page * page, end = end / page * page;
-    madvise((void*)begin, end - begin, MADV_HUGEPAGE);        // advice: without it all is right, and slower
-  }
-#endif
-  return out;
-}
 
 static void check(const Tensor& x, const Tensor& indices, const Tensor& probs) {
   TORCH_CHECK_VALUE(x.dim() == 2 && x.is_floating_point() && x.element_size() >= 2,
@@ -134,14 +116,14 @@ Tensor kl_grad(const Tensor& logits, const Tensor& indices, const Tensor& probs,
   TORCH_CHECK_VALUE(stats.dim() == 2 && stats.size(0) == logits.size(0) && stats.size(1) == 2 &&
                     stats.dtype() == accumulated(logits).dtype() && stats.device() == logits.device(),
                     "stats: expected what kl_loss gave for these logits, got ", stats.sizes(), " ", stats.dtype());
-  Tensor x = readable(logits), dx = fresh(x.sym_sizes(), x.options());
+  Tensor x = readable(logits), dx = at::empty(x.sizes(), x.options());
   run(x, indices, probs, g, dx, {}, stats.contiguous(), true);
   return dx;
 }
 
 Two kl_loss_grad(const Tensor& logits, const Tensor& indices, const Tensor& probs, const Tensor& g) {
   check(logits, indices, probs), check_weight(g, logits);
-  Tensor x = readable(logits), loss = losses(x), dx = fresh(x.sym_sizes(), x.options());
+  Tensor x = readable(logits), loss = losses(x), dx = at::empty(x.sizes(), x.options());
   run(x, indices, probs, g, dx, loss);
   return {loss, dx};
 }
@@ -184,7 +166,8 @@ Tensor scatter_targets(const Tensor& indices, const Tensor& probs, int64_t V) {
 }
 
 // Loss, and those of dh, dW, db that are wanted (the others come back empty), with the logits z a chunk of rows at a
-// time. z and its gradient are one buffer, the same for every chunk.
+// time. z and its gradient are one buffer, the same for every chunk. On a CPU a chunk is 32 MB at most: what is larger
+// malloc maps anew at each call, and the first touch of its pages would cost more than the loss.
 Four linear_kl(const Tensor& hidden, const Tensor& weight, const MaybeTensor& bias, const Tensor& indices,
                const Tensor& probs, const Tensor& g, double scale, std::optional<double> softcap, int64_t chunk,
                bool want_h, bool want_W, bool want_b) {
@@ -197,7 +180,8 @@ Four linear_kl(const Tensor& hidden, const Tensor& weight, const MaybeTensor& bi
   TORCH_CHECK_VALUE(chunk > 0, "chunk: expected 1 or more, got ", chunk);
   check(hidden.new_empty({1, 1}).expand({hidden.size(0), weight.size(0)}), indices, probs), check_weight(g, hidden);
   int64_t N = hidden.size(0), V = weight.size(0), step = std::min(chunk, N);
-  Tensor loss = losses(hidden), z = fresh({step, V}, hidden.options()), W = weight.t(), a = g.to(accumulated(hidden));
+  if (hidden.is_cpu()) step = std::min(step, std::max<int64_t>(1, (32 << 20) / (V * hidden.element_size()) - 1));
+  Tensor loss = losses(hidden), z = at::empty({step, V}, hidden.options()), W = weight.t(), a = g.to(accumulated(hidden));
   Tensor dh = want_h ? at::empty(hidden.sizes(), hidden.options()) : no_tensor(hidden);
   Tensor dW = want_W ? at::zeros(weight.sizes(), accumulated(weight)) : no_tensor(weight);         // float32: bfloat16
   Tensor db = want_b ? at::zeros({V}, accumulated(weight)) : no_tensor(weight);                    // sums stop growing
@@ -331,12 +315,10 @@ struct Linear : torch::autograd::Function<Linear> {
     Tensor g = grads[0], dh, dW, db;
     bool h = d["h"].toBool(), W = d["W"].toBool(), b = d["b"].toBool();
     if (d["later"].toBool()) {
-      std::tie(dh, dW, db) = [&] {
-        MaybeTensor bias = s[4].defined() ? MaybeTensor(s[4]) : MaybeTensor();
-        auto [_, x, y, z] = CALL(linear_kl)(s[0], s[1], bias, s[2], s[3], g, d["scale"].toDouble(),
-                                            d["softcap"].toOptional<double>(), d["chunk"].toInt(), h, W, b);
-        return std::make_tuple(x, y, z);
-      }();
+      MaybeTensor bias = s[4].defined() ? MaybeTensor(s[4]) : MaybeTensor();
+      std::tie(std::ignore, dh, dW, db) = CALL(linear_kl)(
+          s[0], s[1], bias, s[2], s[3], g, d["scale"].toDouble(), d["softcap"].toOptional<double>(),
+          d["chunk"].toInt(), h, W, b);
     } else {
       auto times = [](const Tensor& t, const Tensor& g) { return (t * g).to(t.scalar_type()); };
       if (h) dh = times(s[0], g.dim() ? g.unsqueeze(1) : g);

@@ -23,6 +23,7 @@ using c10::BFloat16;
 using c10::Half;
 
 namespace t2t {
+constexpr int64_t BLOCK = 2048, LANES = 16;                   // of rows.h: elements a block (8 KB), lanes at most
 template <class T> using OneRow = Stats<float> (*)(const T*, T*, int64_t, Stats<float>, bool, float, float*, float*);
 struct Isa {
   const char* name;
@@ -129,7 +130,7 @@ static Stats<double> one_row(const double* x, double* dx, int64_t V, Stats<doubl
 template <class T, class A, class One> static void rows(const Rows& j, One one) {
   at::parallel_for(0, j.N, std::max<int64_t>(1, 32768 / j.V), [&](int64_t first, int64_t last) {
     bool buffer = j.dx && !j.known && sizeof(T) < 4;          // see rows.h; float32 keeps its exps in dx
-    std::unique_ptr<float[]> e(buffer ? new float[j.V + 32] : nullptr), r(new float[j.V / 2048 + 1]);
+    std::unique_ptr<float[]> e(buffer ? new float[j.V + 2 * LANES] : nullptr), r(new float[j.V / BLOCK + 1]);
     std::vector<Target<A>> targets;
     for (int64_t n = first; n < last; n++) {
       const T* x = (const T*)j.x + n * j.x_stride;

@@ -295,7 +295,7 @@ rows_kernel(const Rows r, const int C, const int tile_cells) {
   if (C > 1) cluster_begun();
 
   // this thread's (m, s)
-  Stats<A> row;
+  Stats<A> row{-INFINITY, 0};
   if (M == KEEP || !r.known) row = warp_join(read<T, M == KEEP, true, THREADS>(x, tile, sh));
 
   // q from p, and for the loss the logits at targets. Beyond K_HELD: merged, and they stay where they are

@@ -82,11 +82,9 @@ static inline F exp(F x) {
   return y * (F)((I)t << 23);                                 // n = -127: the bits of 0
 }
 
-constexpr int64_t BLOCK = 2048;
-
 // (m, s) of x (V,), each logit read once: a block takes its exps from the maximum before it, r, and looks for a larger
 // one on the way; only if that is beyond r + 40 is the block (8 KB, still in the first-level cache) done again.
-// KEEP: e = exp(x - r), r (V / BLOCK,). e is x, dx, or a buffer in the order of Pair, up to 2 L longer than V.
+// KEEP: e = exp(x - r), r of each block. e is x, dx, or a buffer in the order of Pair, up to 2 L longer than V.
 template <bool KEEP, class T> static Stats<float> stats_of(const T* x, int64_t V, float* e, float* r) {
   Stats<float> row{-INFINITY, 0};
   for (int64_t begin = 0; begin < V; begin += BLOCK) {
@@ -121,7 +119,7 @@ template <bool KEEP, class T> static Stats<float> stats_of(const T* x, int64_t V
       if (!(m > from + 40)) break;
       from = m;
     }
-    if (KEEP) r[begin / BLOCK] = reference(from);
+    if (KEEP) r[begin / BLOCK] = from;                         // -inf: its e are 0, and so is exp(-inf - m)
     row = join(join(row, {from, sum(s0 + s1)}), {m, 0});
   }
   return row;
@@ -148,7 +146,8 @@ template <class T> static void write_grad(const T* x, T* dx, int64_t V, Stats<fl
   if (v < V) store_some(dx + v, V - v, grad(load_some(x + v, V - v)));
 }
 
-// The gradient of row x if dx is not null, and its (m, s). `known`: (m, s) is given, and x read once.
+// dx_v = gP softmax(x)_v if dx is not null (the caller then patches the targets), and (m, s), which may be `known`:
+// x is then read once.
 template <class T>
 static Stats<float> one_row(const T* x, T* dx, int64_t V, Stats<float> row, bool known, float gP, float* e, float* r) {
   if constexpr (std::is_same_v<T, float>) e = dx;

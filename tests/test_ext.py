@@ -350,6 +350,17 @@ def test_bare_operations_check_shapes(ext, call):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
+def test_minus_infinity_before_a_low_maximum(ext, dtype):
+    """exp(-m) overflows for m = -200: a first block of -inf must not be rescaled by it."""
+    x = torch.full((1, 4096), -200.0, dtype=dtype)
+    x[:, :2048] = -math.inf
+    loss, dx = ops.kl_loss_grad(x, torch.tensor([[3000]]), torch.ones(1, 1), torch.ones(1))
+    assert_close(loss.double(), torch.tensor([math.log(2048)], dtype=torch.float64), rtol=1e-6, atol=0)
+    assert not dx[:, :2048].any() and dx[0, 3000] < 0
+    assert_close(dx[0, 4095].double(), torch.tensor(1 / 2048, dtype=torch.float64), rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
 def test_minus_infinity(ext, dtype):
     """-inf is a token that cannot be: gradient exactly 0. Also a whole block of 2,048, the first or not."""
     x, i, p, g = case(5, 6000, 9, dtype)
