@@ -166,8 +166,7 @@ Tensor scatter_targets(const Tensor& indices, const Tensor& probs, int64_t V) {
 }
 
 // Loss, and those of dh, dW, db that are wanted (the others come back empty), with the logits z a chunk of rows at a
-// time. z and its gradient are one buffer, the same for every chunk. On a CPU a chunk is 32 MB at most: what is larger
-// malloc maps anew at each call, and the first touch of its pages would cost more than the loss.
+// time. z and its gradient are one buffer, the same for every chunk.
 Four linear_kl(const Tensor& hidden, const Tensor& weight, const MaybeTensor& bias, const Tensor& indices,
                const Tensor& probs, const Tensor& g, double scale, std::optional<double> softcap, int64_t chunk,
                bool want_h, bool want_W, bool want_b) {
@@ -180,7 +179,6 @@ Four linear_kl(const Tensor& hidden, const Tensor& weight, const MaybeTensor& bi
   TORCH_CHECK_VALUE(chunk > 0, "chunk: expected 1 or more, got ", chunk);
   check(hidden.new_empty({1, 1}).expand({hidden.size(0), weight.size(0)}), indices, probs), check_weight(g, hidden);
   int64_t N = hidden.size(0), V = weight.size(0), step = std::min(chunk, N);
-  if (hidden.is_cpu()) step = std::min(step, std::max<int64_t>(1, (32 << 20) / (V * hidden.element_size()) - 1));
   Tensor loss = losses(hidden), z = at::empty({step, V}, hidden.options()), W = weight.t(), a = g.to(accumulated(hidden));
   Tensor dh = want_h ? at::empty(hidden.sizes(), hidden.options()) : no_tensor(hidden);
   Tensor dW = want_W ? at::zeros(weight.sizes(), accumulated(weight)) : no_tensor(weight);         // float32: bfloat16

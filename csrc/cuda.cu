@@ -6,9 +6,9 @@
 namespace t2t {
 namespace {
 
-constexpr int THREADS = 256, WARPS = THREADS / 32, C_MAX = 8;        // 8: the most that every device grants
+constexpr int THREADS = 256, WARPS = THREADS / 32, S_MAX = 8;        // 8: the most that every device grants
 
-struct Device { int id, sms, block_bytes, sm_bytes, C_max; };          // bytes of shared memory
+struct Device { int id, sms, block_bytes, sm_bytes, S_max; };          // bytes of shared memory
 
 // Of the current device. Each thread asks again when its device changes.
 cudaError_t current_device(Device& out) {
@@ -23,7 +23,7 @@ cudaError_t current_device(Device& out) {
     if (cudaError_t e = ask(a.block_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin)) return e;
     if (cudaError_t e = ask(a.sm_bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor)) return e;
     if (cudaError_t e = cudaFuncGetAttributes(&code, rows_kernel<float, LOSS, THREADS>)) return e;
-    a.C_max = code.ptxVersion >= 90 ? C_MAX : 1;                  // of the code: PTX of 8.0 has no clusters
+    a.S_max = code.ptxVersion >= 90 ? S_MAX : 1;                  // of the code: PTX of 8.0 has no clusters
     d = a;                                                             // on any device
   }
   out = d;
@@ -40,45 +40,45 @@ template <class F> cudaError_t by_type(Type type, F f) {
   return cudaErrorInvalidValue;
 }
 
-template <class T> size_t bytes_of(const Rows& r, int64_t tile, int C) {
-  return Shared<T>::size(tile, C * WARPS, WARPS, held(r.K));
+template <class T> size_t bytes_of(const Rows& r, int64_t tile, int S) {
+  return Shared<T>::size(tile, S * WARPS, WARPS, held(r.K));
 }
 
 template <class T, Mode M>
-cudaError_t launch(const Rows& r, int C, int64_t tile, const Device& d, cudaStream_t stream) {
+cudaError_t launch(const Rows& r, int S, int64_t tile, const Device& d, cudaStream_t stream) {
   auto kernel = rows_kernel<T, M, THREADS>;
   cudaLaunchAttribute cluster{};
   cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = C, cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  cluster.val.clusterDim.x = S, cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(unsigned(r.N * C)), config.blockDim = dim3(THREADS);
-  config.dynamicSmemBytes = bytes_of<T>(r, tile, C), config.stream = stream;
-  config.attrs = &cluster, config.numAttrs = C > 1;
+  config.gridDim = dim3(unsigned(r.N * S)), config.blockDim = dim3(THREADS);
+  config.dynamicSmemBytes = bytes_of<T>(r, tile, S), config.stream = stream;
+  config.attrs = &cluster, config.numAttrs = S > 1;
   thread_local std::tuple<int, int, size_t> checked{-1, 0, 0};
-  const std::tuple<int, int, size_t> now{d.id, C, config.dynamicSmemBytes};
+  const std::tuple<int, int, size_t> now{d.id, S, config.dynamicSmemBytes};
   if (checked != now) {
     int fit = 1;
     const auto what = cudaFuncAttributeMaxDynamicSharedMemorySize;
     if (cudaError_t e = cudaFuncSetAttribute(kernel, what, d.block_bytes)) return e;
-    if (C > 1)
+    if (S > 1)
       if (cudaError_t e = cudaOccupancyMaxActiveClusters(&fit, kernel, &config)) return e;
     if (!fit) return cudaErrorLaunchOutOfResources;
     checked = now;
   }
-  return cudaLaunchKernelEx(&config, kernel, r, C, int(tile));
+  return cudaLaunchKernelEx(&config, kernel, r, S, int(tile));
 }
 
 template <class T> cudaError_t rows(Rows r, const Device& d, cudaStream_t stream) {
   const int64_t cells = r.V / Cut<T>::E;
-  const auto slice = [&](int C) { return (cells + C - 1) / C; };
-  const auto spread = [&](int C) {                              // fill the device, a cell a thread at least
-    while (C < d.C_max && r.N * C < 2 * d.sms && slice(2 * C) >= THREADS) C *= 2;
-    return C;
+  const auto slice = [&](int S) { return (cells + S - 1) / S; };
+  const auto spread = [&](int S) {                              // fill the device, a cell a thread at least
+    while (S < d.S_max && r.N * S < 2 * d.sms && slice(2 * S) >= THREADS) S *= 2;
+    return S;
   };
   if (!r.dx) {
-    const int C = spread(1);
-    const cudaError_t e = launch<T, LOSS>(r, C, 0, d, stream);
-    return e && C > 1 ? cudaGetLastError(), launch<T, LOSS>(r, 1, 0, d, stream) : e;
+    const int S = spread(1);
+    const cudaError_t e = launch<T, LOSS>(r, S, 0, d, stream);
+    return e && S > 1 ? cudaGetLastError(), launch<T, LOSS>(r, 1, 0, d, stream) : e;
   }
   if (r.loss && !held(r.K)) {                                    // its logits fit nowhere until the barrier
     Rows loss = r;
@@ -86,14 +86,14 @@ template <class T> cudaError_t rows(Rows r, const Device& d, cudaStream_t stream
     if (cudaError_t e = rows<T>(loss, d, stream)) return e;
   }
   // Three blocks an SM, each with 1 KB of the system's
-  int C = 1;
-  while (C < d.C_max && bytes_of<T>(r, slice(C), C) > size_t(d.sm_bytes / 3 - 1024)) C *= 2;
-  const int64_t tile = (48 * 1024 - bytes_of<T>(r, 0, C)) / 16;
+  int S = 1;
+  while (S < d.S_max && bytes_of<T>(r, slice(S), S) > size_t(d.sm_bytes / 3 - 1024)) S *= 2;
+  const int64_t tile = (48 * 1024 - bytes_of<T>(r, 0, S)) / 16;
   cudaError_t e;
-  if (r.known) e = launch<T, REREAD>(r, C = spread(1), tile, d, stream);
-  else if (bytes_of<T>(r, slice(C), C) <= size_t(d.block_bytes))
-    C = spread(C), e = launch<T, KEEP>(r, C, slice(C), d, stream);
-  else if (C > 1) e = launch<T, REREAD>(r, C, tile, d, stream);
+  if (r.known) e = launch<T, REREAD>(r, S = spread(1), tile, d, stream);
+  else if (bytes_of<T>(r, slice(S), S) <= size_t(d.block_bytes))
+    S = spread(S), e = launch<T, KEEP>(r, S, slice(S), d, stream);
+  else if (S > 1) e = launch<T, REREAD>(r, S, tile, d, stream);
   else return launch<T, REREAD>(r, 1, tile, d, stream);
   return e ? cudaGetLastError(), launch<T, REREAD>(r, 1, tile, d, stream) : e;
 }
@@ -102,7 +102,7 @@ template <class T> cudaError_t rows(Rows r, const Device& d, cudaStream_t stream
 
 cudaError_t rows_cuda(const Rows& r, cudaStream_t stream) {
   if (r.N == 0 || r.V == 0) return cudaSuccess;
-  if (r.N > INT32_MAX / C_MAX || r.V > INT32_MAX - 64 || r.K > INT32_MAX - THREADS ||
+  if (r.N > INT32_MAX / S_MAX || r.V > INT32_MAX - 64 || r.K > INT32_MAX - THREADS ||
       (r.K > K_HELD && !r.merged)) return cudaErrorInvalidValue;
   Device d;
   if (cudaError_t e = current_device(d)) return e;

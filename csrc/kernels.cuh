@@ -1,10 +1,10 @@
 // The CUDA kernels of kl.h: one idea for every case.
 //
 //     row n      |front|  cell  cell  cell  cell | cell  cell  cell  cell | ... |back|    cell: 16 bytes
-//     block      '------ slice 0 of C -----------'------ slice 1 of C ----'
+//     block      '------ slice 0 of S -----------'------ slice 1 of S ----'
 //     thread t             t    t+1   ...               every THREADS-th cell of its block's slice
 //
-// C blocks, a thread-block cluster, own a row. The at most 2 * 16 / sizeof(T) - 2 elements outside of whole
+// S blocks, a thread-block cluster, own a row. The at most 2 * 16 / sizeof(T) - 2 elements outside of whole
 // cells, the row's two ends, are block 0's, one a thread: so any V, stride and storage offset take the same
 // path. tests/cuda_on_host.h runs this source on a CPU; what it has to replace stands in the first section.
 #pragma once
@@ -43,7 +43,7 @@ template <class X> __device__ X* peer(X* x, int block) {
   asm("mapa.u64 %0, %0, %1;" : "+l"(x) : "r"(block));
   return x;
 }
-#else                                                                  // the launcher keeps C at 1
+#else                                                                  // the launcher keeps S at 1
 inline __device__ void cluster_begun() {}
 inline __device__ void cluster_arrive() {}
 inline __device__ void cluster_wait() {}
@@ -246,7 +246,7 @@ __device__ void write(T* dx, const Tile<T>& tile, const Shared<T>* sh, F f) {
 //     REREAD   tile by tile, x is read again         3 V b, less what the     not run
 //                                                    L2 cache kept; 2 V b if the stats are known
 //
-// and K (index + p) bytes for each of the C blocks. b = sizeof(T). THREADS = 256 with 80 registers lets
+// and K (index + p) bytes for each of the S blocks. b = sizeof(T). THREADS = 256 with 80 registers lets
 // three blocks share an SM of 228 KB if each takes at most 75: while one waits for its peers, two keep
 // loads under way. LOSS, without slices in shared memory, has 64 registers and four blocks.
 //
@@ -262,17 +262,17 @@ template <class A> __device__ Targets<A> targets_of(const Rows& r, int64_t n) {
 
 template <class T, Mode M, int THREADS>
 __global__ void __launch_bounds__(THREADS, sizeof(T) == 8 ? 2 : M == LOSS ? 4 : 3)
-rows_kernel(const Rows r, const int C, const int tile_cells) {
+rows_kernel(const Rows r, const int S, const int tile_cells) {
   using A = Acc<T>;
   constexpr int WARPS = THREADS / 32;
   static_assert(THREADS % 32 == 0 && THREADS >= 2 * Cut<T>::E - 2);
-  const int t = threadIdx.x, c = blockIdx.x % C, K = int(r.K), K_held = held(K);
-  const int64_t n = blockIdx.x / C;
+  const int t = threadIdx.x, c = blockIdx.x % S, K = int(r.K), K_held = held(K);
+  const int64_t n = blockIdx.x / S;
   const T* x = (const T*)r.x + n * r.x_stride;
   T* dx = (T*)r.dx + n * r.dx_stride;
-  const Shared<T> sh(shared_memory(), tile_cells, C * WARPS, WARPS, K_held);
+  const Shared<T> sh(shared_memory(), tile_cells, S * WARPS, WARPS, K_held);
   const Cut<T> cut(x, int(r.V));
-  const Slice slice = slice_of(cut.whole, C, c);
+  const Slice slice = slice_of(cut.whole, S, c);
   Tile<T> tile{cut, slice.begin, slice.end, c == 0 ? cut.ends : 0};
 
   // P, and the targets into shared memory
@@ -286,13 +286,13 @@ rows_kernel(const Rows r, const int C, const int tile_cells) {
     if (K_held) sh.i[k] = v, sh.p[k] = p;
   }
   P = block_sum<A, WARPS>(P, sh.sums);
-  if (P == 0) {                                                        // in all C blocks alike
+  if (P == 0) {                                                        // in all S blocks alike
     if (M != LOSS) write<T, THREADS>(dx, tile, (const Shared<T>*)nullptr, [](T v) { return v; });
     if (c == 0 && t == 0 && r.loss) ((A*)r.loss)[n] = 0;
     if (c == 0 && t == 0 && r.stats && !r.known) ((Stats<A>*)r.stats)[n] = {0, 1};   // nobody will use them
     return;
   }
-  if (C > 1) cluster_begun();
+  if (S > 1) cluster_begun();
 
   // this thread's (m, s)
   Stats<A> row{-INFINITY, 0};
@@ -311,13 +311,13 @@ rows_kernel(const Rows r, const int C, const int tile_cells) {
   }
 
   // (m, s) of the row: every warp's pair to every block, and the same sum in the same order everywhere
-  if (C > 1) cluster_wait();                                       // a block has shared memory once it runs
-  if (t % 32 < C) *peer(sh.pairs + c * WARPS + t / 32, t % 32) = row;
-  if (C > 1) cluster_arrive(), cluster_wait();
+  if (S > 1) cluster_wait();                                       // a block has shared memory once it runs
+  if (t % 32 < S) *peer(sh.pairs + c * WARPS + t / 32, t % 32) = row;
+  if (S > 1) cluster_arrive(), cluster_wait();
   else __syncthreads();
   if (M == KEEP || !r.known) {
     row = {-INFINITY, 0};
-    for (int i = t % 32; i < C * WARPS; i += 32) row = join(row, sh.pairs[i]);
+    for (int i = t % 32; i < S * WARPS; i += 32) row = join(row, sh.pairs[i]);
     row = warp_join(row);
     if (c == 0 && t == 0 && r.stats) ((Stats<A>*)r.stats)[n] = row;
   } else {

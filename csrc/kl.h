@@ -1,6 +1,7 @@
 // Sparse-target vocabulary KL: the arithmetic that the CPU and the CUDA kernels share, for host and device.
 //
-//     N rows   V vocabulary   K sparse targets a row   C slices of a row
+//     N rows   V vocabulary   K sparse targets a row   S slices of a row   b bytes a logit   g gradient from above
+//     T type of the logits   A type of losses, targets and sums: double if T is double, else float
 //
 //     q_v    = sum of p_k over the targets k whose index is v      (-1 and anything outside 0..V-1: ignored)
 //     m, s   = max_v x_v,  sum_v exp(x_v - m)
@@ -37,10 +38,10 @@ template <class A> HD Stats<A> join(Stats<A> a, Stats<A> b) {
   return {m, a.s * shift(a.m, m) + b.s * shift(b.m, m)};
 }
 
-// Slice c of C owns cells [begin, end) of `cells`: all but the last non-empty one equally long.
+// Slice c of S owns cells [begin, end) of `cells`: all but the last non-empty one equally long.
 struct Slice { int begin, end; };
-HD Slice slice_of(int cells, int C, int c) {
-  int each = (cells + C - 1) / C, begin = c * each, end = begin + each;
+HD Slice slice_of(int cells, int S, int c) {
+  int each = (cells + S - 1) / S, begin = c * each, end = begin + each;
   return {begin < cells ? begin : cells, end < cells ? end : cells};
 }
 

@@ -6,6 +6,7 @@ import itertools
 import re
 import shutil
 import subprocess
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,22 @@ def test_no_spills(source, arch, tmp_path, record_property):
         assert local == ["0", "0", "0"], (name, local)
         record_property(name, registers)
         print(f"{arch} {registers:>4} registers  {name}")
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="g++ is not installed")
+def test_bindings_compile_with_cuda(tmp_path):
+    """bind.cpp with T2T_CUDA against torch's headers, of which the build for CPU lacks one."""
+    from torch.utils.cpp_extension import CUDA_HOME, include_paths
+    if not (Path(CUDA_HOME or "") / "include" / "cuda_runtime.h").exists():
+        pytest.skip("torch does not find CUDA's headers: set CUDA_HOME")
+    generated = tmp_path / "c10" / "cuda" / "impl" / "cuda_cmake_macros.h"
+    generated.parent.mkdir(parents=True)
+    generated.write_text("#define C10_CUDA_BUILD_SHARED_LIBS\n")
+    folders = [*include_paths(), sysconfig.get_paths()["include"], Path(CUDA_HOME) / "include", tmp_path]
+    done = subprocess.run(
+        ["g++", "-fsyntax-only", "-std=c++20", "-DT2T_CUDA", "-DTORCH_EXTENSION_NAME=t2t_ext",
+         *(f"-I{f}" for f in folders), CSRC / "bind.cpp"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 # --------------------------------------------------------------------------------------------- run on a CPU
