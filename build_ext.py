@@ -13,6 +13,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+from torch.utils import cpp_extension
+from torch.utils.cpp_extension import CUDA_HOME
+
 from corpus import Error, cached, code, key, place
 
 CSRC = Path(__file__).parent / "csrc"
@@ -29,21 +33,19 @@ def tools():
     if here not in os.environ["PATH"].split(os.pathsep):
         os.environ["PATH"] = here + os.pathsep + os.environ["PATH"]
     compiler = os.environ.get("CXX", "c++")
-    for tool, what in ((compiler, "a C++ compiler, g++ 11 or later"), ("ninja", "the build tool, pip install ninja")):
+    needed = (compiler, "a C++ compiler, g++ 11 or later"), ("ninja", "the build tool, pip install ninja")
+    for tool, what in needed:
         if not shutil.which(tool):
             raise Error(f"csrc/: expected {what}; {tool} is not on PATH: install it, or pass --impl torch")
 
 
 def with_cuda():
-    import torch
-    from torch.utils.cpp_extension import CUDA_HOME
     return bool(torch.version.cuda and CUDA_HOME and (Path(CUDA_HOME) / "bin" / "nvcc").exists())
 
 
 @functools.lru_cache(1)
 def folder_name():
     """A hash of all that the result depends on. Reads csrc/ once a process."""
-    import torch
     cuda = with_cuda()
     gpus = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())] if cuda else []
     files = [f for f in sorted(CSRC.iterdir()) if cuda or f.suffix not in (".cu", ".cuh")]
@@ -53,8 +55,6 @@ def folder_name():
 
 def load(build):
     """The extension; its operations are then torch.ops.t2t. None if it is not built and `build` is False."""
-    import torch
-    from torch.utils import cpp_extension
     if "t2t_ext" in sys.modules:
         return sys.modules["t2t_ext"]
     cuda = with_cuda()
@@ -81,6 +81,30 @@ def load(build):
         sys.modules["t2t_ext"] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules["t2t_ext"])
     return sys.modules["t2t_ext"]
+
+
+@torch.compiler.assume_constant_result
+def compiled(impl, device="cpu"):
+    """Whether the extension serves this call. "ext" builds it if need be, "auto" takes it if it is there."""
+    ext = None if impl == "torch" else load(build=impl == "ext")
+    here = ext is not None and (device in ("cpu", "meta") or device == "cuda" and ext.cuda)
+    if impl == "ext" and not here:
+        raise ValueError(f"impl: expected auto or torch on {device}, which this build of the extension does "
+                         "not serve, got ext")
+    return here
+
+
+def choose(impl, device):
+    """-> "ext" or "torch", and how to say so. auto: ext, built now if a compiler is there."""
+    if impl == "torch":
+        return impl, impl
+    try:
+        compiled("ext", device)
+        return "ext", f"the extension ({'CUDA' if device == 'cuda' else load(False).isa()})"
+    except (Error, ValueError) as e:
+        if impl == "ext":
+            raise Error(f"--impl ext: {e}") from None
+        return "torch", f"torch, not the extension: {e}"
 
 
 if __name__ == "__main__":

@@ -119,8 +119,8 @@ import torch.nn.functional as F  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-import build_ext  # noqa: E402
 import checkpoint as disk  # noqa: E402
+from build_ext import choose, compiled  # noqa: E402
 from corpus import STOP, blocks, code, keep_targets, key, read_tokens, stamps, tokenize  # noqa: E402
 
 
@@ -401,17 +401,6 @@ class Embedder:
 REDUCTIONS = ["none", "mean", "sum"]
 
 
-@torch.compiler.assume_constant_result
-def compiled(impl, device="cpu"):
-    """Whether the extension serves this call. "ext" builds it if need be, "auto" takes it if it is there."""
-    ext = None if impl == "torch" else build_ext.load(build=impl == "ext")
-    here = ext is not None and (device in ("cpu", "meta") or device == "cuda" and ext.cuda)
-    if impl == "ext" and not here:
-        raise ValueError(f"impl: expected auto or torch on {device}, which this build of the extension does not "
-                         "serve, got ext")
-    return here
-
-
 def vocab_kl(logits, indices, probs, reduction="mean", impl="auto", inplace=False, check=None):
     """KL divergence of sparse targets from softmax(logits), in nats:
 
@@ -572,19 +561,6 @@ def single_tokens(x, ids, mask, canon, H, impl, a_text=4):
                            H.scale, H.softcap) / a_text
 
 
-def choose(impl, device):
-    """-> "ext" or "torch", and how to say so. auto: ext, built now if a compiler is there."""
-    if impl == "torch":
-        return impl, impl
-    try:
-        compiled("ext", device)
-        return "ext", f"the extension ({'CUDA' if device == 'cuda' else build_ext.load(False).isa()})"
-    except (Error, ValueError) as e:
-        if impl == "ext":
-            raise Error(f"--impl ext: {e}") from None
-        return "torch", f"torch, not the extension: {e}"
-
-
 def train(config, targets=None, on_step=None):
     """Train, write the checkpoint to config.out, return its path (None with show_targets). For experiments:
 
@@ -719,8 +695,8 @@ def finish(config, model, tok, before, t0, loss=None, **facts):
     for text, old, new in zip(EXAMPLES, before, after):
         print(f"{text}\n    before   {line(old)}\n    after    {line(new)}")
     if loss is not None:
-        print(f"\nmean loss of the last 16 steps {loss:.3f} nats (best constant prediction {facts['constant']:.3f}), "
-              f"{facts['padding']:.0%} padding, {facts['seconds']:.0f} s in all")
+        print(f"\nmean loss of the last 16 steps {loss:.3f} nats (best constant prediction "
+              f"{facts['constant']:.3f}), {facts['padding']:.0%} padding, {facts['seconds']:.0f} s in all")
     print(f"{config.out}/ is ready:  SentenceTransformer({config.out!r})  or  python eval.py {config.out}")
     return config.out
 
