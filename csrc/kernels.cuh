@@ -236,7 +236,7 @@ __device__ void write(T* dx, const Tile<T>& tile, const Shared<T>* sh, F f) {
     if (aligned) store(to, c);
     else for (int e = 0; e < E; e++) to[e] = c.v[e];
   }
-  if (t < tile.ends) dx[tile.cut.end(t)] = sh ? f(sh->ends[t]) : T(0.f);
+  if (t < tile.ends) dx[tile.cut.end(t)] = sh ? f(sh->ends[t]) : rounded<T>(Acc<T>(0));
 }
 
 // ---------------------------------------------------------------------------------------------------- rows

@@ -25,7 +25,9 @@ TYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
 @pytest.mark.parametrize("source", sorted(CSRC.glob("*.cu")), ids=lambda p: p.name)
 def test_no_spills(source, arch, tmp_path, record_property):
-    command = ["nvcc", "-c", "-O3", "-std=c++17", "-Xptxas", "-v", f"-arch={arch}", source, "-o", "o.o"]
+    from build_ext import NVCC
+    from torch.utils.cpp_extension import COMMON_NVCC_FLAGS            # among them: no conversions of half types
+    command = ["nvcc", "-c", *COMMON_NVCC_FLAGS, *NVCC, "-Xptxas", "-v", f"-arch={arch}", source, "-o", "o.o"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     kernels = re.findall(r"entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
