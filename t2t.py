@@ -78,10 +78,10 @@ def parse(argv):
         doc, choices = f"{f.metadata['doc']} (default: {f.default!r})", f.metadata["choices"]
         value = {"type": f.type, "default": f.default, "choices": choices}
         parser.add_argument(flag(f.name), help=doc, **({"action": "store_true"} if f.type is bool else value))
-    return check(Config(**vars(parser.parse_args(argv))))
+    return checked(Config(**vars(parser.parse_args(argv))))
 
 
-def check(config):
+def checked(config):
     """config, or Error on a value that no run could use."""
     least = dict(top_k=1, max_length=1, batch_size=1, steps=1, save_every=1, temperature=1e-6, micro_batch=0,
                  lr=0, token_loss=0, lora_rank=-1, seed=0, show_targets=0)
@@ -116,7 +116,7 @@ if __name__ == "__main__":
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
-from torch.utils.checkpoint import checkpoint  # noqa: E402
+from torch.utils.checkpoint import checkpoint as recomputed  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import checkpoint as disk  # noqa: E402
@@ -445,7 +445,7 @@ def linear_vocab_kl(hidden, weight, indices, probs, bias=None, reduction="mean",
         return vocab_kl(cap(F.linear(h, W, b), scale, softcap), i, p, "none", "torch", check=False)
 
     chunks = zip(hidden.split(chunk), indices.split(chunk), probs.split(chunk))
-    loss = torch.cat([checkpoint(rows, *x, weight, bias, use_reentrant=False, preserve_rng_state=False)
+    loss = torch.cat([recomputed(rows, *x, weight, bias, use_reentrant=False, preserve_rng_state=False)
                       for x in chunks])
     return reduce(loss, ((indices >= 0) & (probs > 0)).any(1), reduction)
 
@@ -566,7 +566,7 @@ def train(config, targets=None, on_step=None):
 
     targets: function(list of n id arrays) -> indices (n,K), probs (n,K), in place of the method's own
     on_step: function(step, embedder), called after every step"""
-    t0, out = time.time(), Path(check(config).out)
+    t0, out = time.time(), Path(checked(config).out)
     if not config.show_targets:
         disk.start_folder(out, config.resume)
     if config.device == "cuda" and not torch.cuda.is_available():

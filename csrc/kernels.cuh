@@ -255,7 +255,7 @@ __device__ void write(T* dx, const Tile<T>& tile, const Shared<T>* sh, F f) {
 // another's shared memory, so each may leave when it is done. No atomics: no result depends on timing.
 enum Mode { LOSS, KEEP, REREAD };
 
-template <class A> __device__ Targets<A> targets_of(const Rows& r, int64_t n) {
+template <class A> __device__ Targets<A> row_targets(const Rows& r, int64_t n) {
   const char* i = (const char*)r.indices + n * r.K * (r.wide ? 8 : 4);
   return {i, (const A*)r.probs + n * r.K, r.K, r.V, r.wide, r.merged};
 }
@@ -276,7 +276,7 @@ rows_kernel(const Rows r, const int S, const int tile_cells) {
   Tile<T> tile{cut, slice.begin, slice.end, c == 0 ? cut.ends : 0};
 
   // P, and the targets into shared memory
-  Targets<A> q = targets_of<A>(r, n);
+  Targets<A> q = row_targets<A>(r, n);
   A P = 0;
 #pragma unroll 1                                                    // K is small, and so should be the code
   for (int k = t; k < K; k += THREADS) {
@@ -359,7 +359,7 @@ template <class T> __global__ void scatter_kernel(const Rows r, const Acc<T> alp
   using A = Acc<T>;
   int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x, n = i / r.K, k = i % r.K;
   if (n >= r.N) return;
-  Targets<A> q = targets_of<A>(r, n);
+  Targets<A> q = row_targets<A>(r, n);
   if (A q_k = q.mass(k); q_k != 0) {
     T* at = (T*)r.dx + n * r.dx_stride + q.index(k);
     *at = rounded<T>(number(*at) + alpha * q_k);

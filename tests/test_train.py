@@ -277,7 +277,7 @@ def test_help_is_quick():
 def fails(capsys, **more):
     """One line on stderr, status 2; returns the line."""
     with pytest.raises(SystemExit) as e:
-        t2t.main(t2t.check(Config(**more)))
+        t2t.main(t2t.checked(Config(**more)))
     err = [line for line in capsys.readouterr().err.splitlines() if line.startswith("t2t.py:")]
     assert e.value.code == 2 and len(err) == 1
     return err[0]
