@@ -1,10 +1,12 @@
-// vocab_kl for torch: schemas, shapes, memory and autograd. The arithmetic is in rows.h (CPU) and kernels.cuh.
+// vocab_kl for torch: schemas, shapes, memory and autograd. The arithmetic is in rows.h (CPU) and
+// kernels.cuh.
 //
 //     vocab_kl, vocab_kl_, linear_vocab_kl     what users call; they have gradients
-//     kl_loss, kl_grad, kl_loss_grad[_], linear_kl, scale_, scatter_targets[_]     what they are made of; no gradients
+//     kl_loss, kl_grad, kl_loss_grad[_], linear_kl, scale_, scatter_targets[_]     their parts; no gradients
 //
-// The gradient is made with the loss, while the row is at hand: V read and V written, where a forward and a backward
-// would read V twice. backward() then only multiplies by what comes from above, and does not touch V if that is 1.
+// The gradient is made with the loss, while the row is at hand: V read and V written, where a forward and a
+// backward would read V twice. backward() then only multiplies by what comes from above, and does not touch V
+// if that is 1.
 #include <ATen/ATen.h>
 #include <ATen/autocast_mode.h>
 #include <pybind11/stl.h>
@@ -23,64 +25,73 @@ using at::Tensor;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 using MaybeTensor = std::optional<Tensor>;
+using In = const Tensor&;
+using InMaybe = const MaybeTensor&;
 using Two = std::tuple<Tensor, Tensor>;
 using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 namespace t2t {
 enum Reduction { NONE, MEAN, SUM };
 
-// ------------------------------------------------------------------------------------------- shapes and memory
-static at::TensorOptions accumulated(const Tensor& x) {       // of losses, targets, weights: float64 for float64
+// ----------------------------------------------------------------------------------------- shapes and memory
+static at::TensorOptions accumulated(In x) {       // of losses, targets, weights: float64 for float64
   return x.options().dtype(x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
 }
-static Tensor losses(const Tensor& x) { return at::empty_symint({x.sym_size(0)}, accumulated(x)); }
-static Tensor no_tensor(const Tensor& like) { return at::empty({0}, like.options()); }
+static Tensor losses(In x) { return at::empty_symint({x.sym_size(0)}, accumulated(x)); }
+static Tensor no_tensor(In like) { return at::empty({0}, like.options()); }
 
-static void check(const Tensor& x, const Tensor& indices, const Tensor& probs) {
+static void check(In x, In indices, In probs) {
   TORCH_CHECK_VALUE(x.dim() == 2 && x.is_floating_point() && x.element_size() >= 2,
-                    "logits: expected a matrix of float64, float32, bfloat16 or float16, got ", x.sizes(), x.dtype());
-  TORCH_CHECK_VALUE(x.size(1) > 0 && x.size(1) < INT32_MAX, "logits: expected 1 to 2^31 - 2 columns, got ", x.size(1));
+                    "logits: expected a matrix of float64, float32, bfloat16 or float16, got ",
+                    x.sizes(), x.dtype());
+  TORCH_CHECK_VALUE(x.size(1) > 0 && x.size(1) < INT32_MAX,
+                    "logits: expected 1 to 2^31 - 2 columns, got ", x.size(1));
   TORCH_CHECK_VALUE(indices.dim() == 2 && indices.size(0) == x.size(0) && probs.sizes() == indices.sizes(),
-                    "indices and probs: expected (", x.size(0), ", K), got ", indices.sizes(), " and ", probs.sizes());
+                    "indices and probs: expected (", x.size(0), ", K), got ", indices.sizes(), " and ",
+                    probs.sizes());
   TORCH_CHECK_VALUE(indices.scalar_type() == at::kInt || indices.scalar_type() == at::kLong,
                     "indices: expected int32 or int64, got ", indices.dtype());
   TORCH_CHECK_VALUE(probs.is_floating_point(), "probs: expected a floating-point type, got ", probs.dtype());
   TORCH_CHECK_VALUE(indices.device() == x.device() && probs.device() == x.device(),
-                    "indices and probs: expected on ", x.device(), ", got ", indices.device(), " and ", probs.device());
+                    "indices and probs: expected on ", x.device(), ", got ", indices.device(), " and ",
+                    probs.device());
 }
 
-// (N,K), (N,K) -> sorted, each index once a row, as `merge` in t2t.py: for K so large that comparing pairs would hurt.
-static Two merge(const Tensor& indices, const Tensor& probs) {
+// (N,K), (N,K) -> sorted, each index once a row, as `merge` in t2t.py: for K so large that comparing pairs
+// would hurt.
+static Two merge(In indices, In probs) {
   auto [i, order] = indices.to(at::kLong).sort(1);
   Tensor p = probs.gather(1, order), changed = i.slice(1, 1).ne(i.slice(1, 0, -1));
   Tensor place = at::constant_pad_nd(changed, {1, 0}, 0).cumsum(1);        // distinct indices before this one
   return {at::full_like(i, -1).scatter_(1, place, i), at::zeros_like(p).scatter_add_(1, place, p)};
 }
 
-static void check_weight(const Tensor& g, const Tensor& x) {
+static void check_weight(In g, In x) {
   TORCH_CHECK_VALUE(g.dim() == 1 && (g.size(0) == 1 || g.size(0) == x.size(0)) && g.device() == x.device(),
-                    "g: expected (1,) or (", x.size(0), ",) on ", x.device(), ", got ", g.sizes(), " on ", g.device());
+                    "g: expected (1,) or (", x.size(0), ",) on ", x.device(), ", got ", g.sizes(), " on ",
+                    g.device());
 }
 
-static Type type_of(const Tensor& x) {
+static Type type_of(In x) {
   auto t = x.scalar_type();
   return t == at::kDouble ? F64 : t == at::kFloat ? F32 : t == at::kBFloat16 ? BF16 : F16;
 }
 
 // One pass over the rows of x. dx: where the gradient goes (x itself, another, or none); g: (N,) or (1,).
 // With `scatter`, x is not read, and dx += scatter * q.
-static void run(const Tensor& x, Tensor indices, Tensor probs, const Tensor& g, const Tensor& dx, const Tensor& loss,
-                const Tensor& stats = {}, bool known = false, const double* scatter = nullptr) {
+static void run(In x, Tensor indices, Tensor probs, In g, In dx, In loss,
+                In stats = {}, bool known = false, const double* scatter = nullptr) {
   if (x.size(0) == 0 || (indices.size(1) == 0 && scatter)) return;
-  auto pointer = [](const Tensor& t) { return t.defined() ? t.mutable_data_ptr() : nullptr; };
+  auto pointer = [](In t) { return t.defined() ? t.mutable_data_ptr() : nullptr; };
   Tensor weight = g.defined() ? g.to(accumulated(x)) : g;
   probs = probs.to(accumulated(x));
   bool merged = indices.size(1) > K_MERGED;
   if (merged) std::tie(indices, probs) = merge(indices, probs);
   indices = indices.contiguous(), probs = probs.contiguous();
-  Rows j{type_of(x), x.size(0), x.size(1), indices.size(1), scatter ? nullptr : x.const_data_ptr(), pointer(dx),
-         x.stride(0), dx.defined() ? dx.stride(0) : 0, indices.const_data_ptr(), indices.scalar_type() == at::kLong,
-         merged, probs.const_data_ptr(), pointer(weight), g.defined() && g.numel() > 1 ? weight.stride(0) : 0,
+  Rows j{type_of(x), x.size(0), x.size(1), indices.size(1),
+         scatter ? nullptr : x.const_data_ptr(), pointer(dx), x.stride(0), dx.defined() ? dx.stride(0) : 0,
+         indices.const_data_ptr(), indices.scalar_type() == at::kLong, merged,
+         probs.const_data_ptr(), pointer(weight), g.defined() && g.numel() > 1 ? weight.stride(0) : 0,
          pointer(loss), pointer(stats), known};
   if (x.is_cpu()) return scatter ? scatter_cpu(j, *scatter) : rows_cpu(j);
 #ifdef T2T_CUDA
@@ -93,42 +104,45 @@ static void run(const Tensor& x, Tensor indices, Tensor probs, const Tensor& g, 
 }
 
 // Rows may be far apart, but the elements of a row must be neighbours.
-static Tensor readable(const Tensor& x) { return x.stride(1) == 1 || x.size(1) == 1 ? x : x.contiguous(); }
+static Tensor readable(In x) { return x.stride(1) == 1 || x.size(1) == 1 ? x : x.contiguous(); }
 // May be written over: neighbours, and no two of them the same memory.
-static bool own_rows(const Tensor& x) {
-  return (x.sym_stride(1) == 1 || x.sym_size(1) == 1) && (x.sym_size(0) < 2 || x.sym_stride(0) >= x.sym_size(1));
+static bool own_rows(In x) {
+  bool neighbours = x.sym_stride(1) == 1 || x.sym_size(1) == 1;
+  return neighbours && (x.sym_size(0) < 2 || x.sym_stride(0) >= x.sym_size(1));
 }
-static void check_own_rows(const char* name, const Tensor& x) {
-  TORCH_CHECK_VALUE(own_rows(x), name, ": expected rows of their own to write over, got strides ", x.strides());
+static void check_own_rows(const char* name, In x) {
+  TORCH_CHECK_VALUE(own_rows(x), name, ": expected rows of their own to write over, got strides ",
+                    x.strides());
 }
 
-// --------------------------------------------------------------------------------------- the parts, CPU and CUDA
-Two kl_loss(const Tensor& logits, const Tensor& indices, const Tensor& probs) {
+// ----------------------------------------------------------------------------------- the parts, CPU and CUDA
+Two kl_loss(In logits, In indices, In probs) {
   check(logits, indices, probs);
   Tensor x = readable(logits), loss = losses(x), stats = at::empty({x.size(0), 2}, accumulated(x));
   run(x, indices, probs, {}, {}, loss, stats);
   return {loss, stats};
 }
 
-Tensor kl_grad(const Tensor& logits, const Tensor& indices, const Tensor& probs, const Tensor& stats,
-               const Tensor& g) {
+Tensor kl_grad(In logits, In indices, In probs, In stats,
+               In g) {
   check(logits, indices, probs), check_weight(g, logits);
   TORCH_CHECK_VALUE(stats.dim() == 2 && stats.size(0) == logits.size(0) && stats.size(1) == 2 &&
                     stats.dtype() == accumulated(logits).dtype() && stats.device() == logits.device(),
-                    "stats: expected what kl_loss gave for these logits, got ", stats.sizes(), " ", stats.dtype());
+                    "stats: expected what kl_loss gave for these logits, got ",
+                    stats.sizes(), " ", stats.dtype());
   Tensor x = readable(logits), dx = at::empty(x.sizes(), x.options());
   run(x, indices, probs, g, dx, {}, stats.contiguous(), true);
   return dx;
 }
 
-Two kl_loss_grad(const Tensor& logits, const Tensor& indices, const Tensor& probs, const Tensor& g) {
+Two kl_loss_grad(In logits, In indices, In probs, In g) {
   check(logits, indices, probs), check_weight(g, logits);
   Tensor x = readable(logits), loss = losses(x), dx = at::empty(x.sizes(), x.options());
   run(x, indices, probs, g, dx, loss);
   return {loss, dx};
 }
 
-Tensor kl_loss_grad_(const Tensor& logits, const Tensor& indices, const Tensor& probs, const Tensor& g) {
+Tensor kl_loss_grad_(In logits, In indices, In probs, In g) {
   check(logits, indices, probs), check_weight(g, logits), check_own_rows("logits", logits);
   Tensor loss = losses(logits);
   run(logits, indices, probs, g, logits, loss);
@@ -136,13 +150,13 @@ Tensor kl_loss_grad_(const Tensor& logits, const Tensor& indices, const Tensor& 
   return loss;
 }
 
-void scale_(const Tensor& x, const Tensor& g) {               // x *= g, one number; if that is 1, x is not touched
+void scale_(In x, In g) {               // x *= g, one number; if that is 1, x is not touched
   TORCH_CHECK_VALUE(g.numel() == 1 && g.device() == x.device(),
                     "g: expected one number on ", x.device(), ", got ", g.sizes());
   if (x.numel() == 0) return;
   Tensor a = g.to(accumulated(x));
 #ifdef T2T_CUDA
-  if (x.is_cuda() && x.is_contiguous()) {                     // the kernel looks at g: the host does not wait for it
+  if (x.is_cuda() && x.is_contiguous()) {              // the kernel looks at g: the host does not wait for it
     c10::cuda::CUDAGuard guard(x.device());
     C10_CUDA_CHECK(scale_cuda(type_of(x), x.mutable_data_ptr(), x.numel(), a.const_data_ptr(),
                               c10::cuda::getCurrentCUDAStream()));
@@ -153,22 +167,22 @@ void scale_(const Tensor& x, const Tensor& g) {               // x *= g, one num
   if (!x.is_cpu() || a.item().toDouble() != 1) x.mul_(a);
 }
 
-void scatter_targets_(const Tensor& out, const Tensor& indices, const Tensor& probs, double alpha) {
+void scatter_targets_(In out, In indices, In probs, double alpha) {
   check(out, indices, probs);
   check_own_rows("out", out);
   run(out, indices, probs, {}, out, {}, {}, false, &alpha);
   torch::autograd::impl::bump_version(out);
 }
-Tensor scatter_targets(const Tensor& indices, const Tensor& probs, int64_t V) {
+Tensor scatter_targets(In indices, In probs, int64_t V) {
   Tensor out = at::zeros({indices.size(0), V}, probs.options());
   scatter_targets_(out, indices, probs, 1);
   return out;
 }
 
-// Loss, and those of dh, dW, db that are wanted (the others come back empty), with the logits z a chunk of rows at a
-// time. z and its gradient are one buffer, the same for every chunk.
-Four linear_kl(const Tensor& hidden, const Tensor& weight, const MaybeTensor& bias, const Tensor& indices,
-               const Tensor& probs, const Tensor& g, double scale, std::optional<double> softcap, int64_t chunk,
+// Loss, and those of dh, dW, db that are wanted (the others come back empty), with the logits z a chunk of
+// rows at a time. z and its gradient are one buffer, the same for every chunk.
+Four linear_kl(In hidden, In weight, InMaybe bias, In indices,
+               In probs, In g, double scale, std::optional<double> softcap, int64_t chunk,
                bool want_h, bool want_W, bool want_b) {
   TORCH_CHECK_VALUE(hidden.dim() == 2 && weight.dim() == 2 && hidden.size(1) == weight.size(1) &&
                     hidden.dtype() == weight.dtype() && (!bias || bias->dtype() == weight.dtype()),
@@ -177,15 +191,18 @@ Four linear_kl(const Tensor& hidden, const Tensor& weight, const MaybeTensor& bi
   TORCH_CHECK_VALUE(!bias || bias->sizes() == weight.sizes().slice(0, 1),
                     "bias: expected (", weight.size(0), ",), got ", bias->sizes());
   TORCH_CHECK_VALUE(chunk > 0, "chunk: expected 1 or more, got ", chunk);
-  check(hidden.new_empty({1, 1}).expand({hidden.size(0), weight.size(0)}), indices, probs), check_weight(g, hidden);
+  check(hidden.new_empty({1, 1}).expand({hidden.size(0), weight.size(0)}), indices, probs);
+  check_weight(g, hidden);
   int64_t N = hidden.size(0), V = weight.size(0), step = std::min(chunk, N);
-  Tensor loss = losses(hidden), z = at::empty({step, V}, hidden.options()), W = weight.t(), a = g.to(accumulated(hidden));
+  Tensor loss = losses(hidden), z = at::empty({step, V}, hidden.options());
+  Tensor W = weight.t(), a = g.to(accumulated(hidden));
   Tensor dh = want_h ? at::empty(hidden.sizes(), hidden.options()) : no_tensor(hidden);
-  Tensor dW = want_W ? at::zeros(weight.sizes(), accumulated(weight)) : no_tensor(weight);         // float32: bfloat16
-  Tensor db = want_b ? at::zeros({V}, accumulated(weight)) : no_tensor(weight);                    // sums stop growing
+  // float32: bfloat16
+  Tensor dW = want_W ? at::zeros(weight.sizes(), accumulated(weight)) : no_tensor(weight);
+  Tensor db = want_b ? at::zeros({V}, accumulated(weight)) : no_tensor(weight);           // sums stop growing
   for (int64_t n = 0; n < N; n += step) {
     int64_t end = std::min(N, n + step);
-    auto rows = [&](const Tensor& t) { return t.slice(0, n, end); };
+    auto rows = [&](In t) { return t.slice(0, n, end); };
     Tensor h = rows(hidden), y = z.narrow(0, 0, end - n), l = rows(loss), i = rows(indices), p = rows(probs);
     Tensor w = a.numel() > 1 ? rows(a) : a;
     bias ? at::addmm_out(y, *bias, h, W) : at::mm_out(y, h, W);
@@ -195,7 +212,7 @@ Four linear_kl(const Tensor& hidden, const Tensor& weight, const MaybeTensor& bi
       run(y, i, p, {}, {}, l);
       continue;
     }
-    if (softcap) {                                            // d/dy c tanh(scale y / c) = scale (1 - (z/c)^2)
+    if (softcap) {                                           // d/dy c tanh(scale y / c) = scale (1 - (z/c)^2)
       Tensor dz = at::empty_like(y);
       run(y, i, p, w * scale, dz, l);
       y.div_(*softcap).square_().neg_().add_(1).mul_(dz);
@@ -209,51 +226,52 @@ Four linear_kl(const Tensor& hidden, const Tensor& weight, const MaybeTensor& bi
   return {loss, dh, dW.to(weight.dtype()), db.to(weight.dtype())};
 }
 
-// ------------------------------------------------------------------------- the parts, where there are only shapes
-Tensor kl_grad_meta(const Tensor& x, const Tensor&, const Tensor&, const Tensor&, const Tensor&) {
+// -------------------------------------------------------------------- the parts, where there are only shapes
+Tensor kl_grad_meta(In x, In, In, In, In) {
   return at::empty_symint(x.sym_sizes(), x.options());
 }
-Two kl_loss_meta(const Tensor& x, const Tensor&, const Tensor&) {
+Two kl_loss_meta(In x, In, In) {
   return {losses(x), at::empty_symint({x.sym_size(0), 2}, accumulated(x))};
 }
-Two kl_loss_grad_meta(const Tensor& x, const Tensor&, const Tensor&, const Tensor&) {
+Two kl_loss_grad_meta(In x, In, In, In) {
   return {losses(x), at::empty_symint(x.sym_sizes(), x.options())};
 }
-Tensor kl_loss_grad_meta_(const Tensor& x, const Tensor&, const Tensor&, const Tensor&) { return losses(x); }
-void scale_meta_(const Tensor&, const Tensor&) {}
-void scatter_targets_meta_(const Tensor&, const Tensor&, const Tensor&, double) {}
-Tensor scatter_targets_meta(const Tensor& indices, const Tensor& probs, c10::SymInt V) {
+Tensor kl_loss_grad_meta_(In x, In, In, In) { return losses(x); }
+void scale_meta_(In, In) {}
+void scatter_targets_meta_(In, In, In, double) {}
+Tensor scatter_targets_meta(In indices, In probs, c10::SymInt V) {
   return at::empty_symint({indices.sym_size(0), V}, probs.options());
 }
-Four linear_kl_meta(const Tensor& hidden, const Tensor& weight, const MaybeTensor&, const Tensor&, const Tensor&,
-                    const Tensor&, double, std::optional<double>, int64_t, bool want_h, bool want_W, bool want_b) {
-  auto like = [](const Tensor& t, bool want) {
+Four linear_kl_meta(In hidden, In weight, InMaybe, In, In,
+                    In, double, std::optional<double>, int64_t, bool want_h, bool want_W, bool want_b) {
+  auto like = [](In t, bool want) {
     return want ? at::empty_symint(t.sym_sizes(), t.options()) : no_tensor(t);
   };
   return {losses(hidden), like(hidden, want_h), like(weight, want_W),
           want_b ? at::empty_symint({weight.sym_size(0)}, weight.options()) : no_tensor(weight)};
 }
 
-// ---------------------------------------------------------------------------------------------------- autograd
-#define CALL(name) c10::Dispatcher::singleton().findSchemaOrThrow("t2t::" #name, "").typed<decltype(name)>().call
+// -------------------------------------------------------------------------------------------------- autograd
+#define CALL(name) \
+  c10::Dispatcher::singleton().findSchemaOrThrow("t2t::" #name, "").typed<decltype(name)>().call
 
 // What the loss of a row is multiplied by, (1,): 1 over the number of rows with a target for a mean.
-static Tensor weight_of(const Tensor& x, const Tensor& indices, const Tensor& probs, int64_t reduction) {
+static Tensor weight_of(In x, In indices, In probs, int64_t reduction) {
   if (reduction != MEAN) return at::ones({1}, accumulated(x));
   Tensor valid = indices.ge(0).logical_and_(probs.gt(0)).any(1).sum();
   return valid.clamp_min_(1).to(accumulated(x)).reciprocal().unsqueeze(0);
 }
-static Tensor reduce(const Tensor& loss, const Tensor& weight, int64_t reduction) {
+static Tensor reduce(In loss, In weight, int64_t reduction) {
   return reduction == NONE ? loss : loss.sum() * weight.squeeze(0);
 }
 static void once() {
-  TORCH_CHECK(!at::GradMode::is_enabled(), "vocab_kl: a gradient of the gradient is not supported by impl='ext': "
-              "pass impl='torch'");
+  TORCH_CHECK(!at::GradMode::is_enabled(),
+              "vocab_kl: a gradient of the gradient is not supported by impl='ext': pass impl='torch'");
 }
 
 // A gradient for each row from above: the logits are kept and read again.
 struct PerRow : torch::autograd::Function<PerRow> {
-  static Tensor forward(AutogradContext* ctx, const Tensor& logits, const Tensor& indices, const Tensor& probs) {
+  static Tensor forward(AutogradContext* ctx, In logits, In indices, In probs) {
     auto [loss, stats] = CALL(kl_loss)(logits, indices, probs);
     ctx->save_for_backward({logits, indices, probs, stats});
     return loss;
@@ -267,7 +285,7 @@ struct PerRow : torch::autograd::Function<PerRow> {
 
 // One number from above: the gradient was made with the loss, fresh or over the logits.
 struct Fused : torch::autograd::Function<Fused> {
-  static Tensor forward(AutogradContext* ctx, const Tensor& logits, const Tensor& indices, const Tensor& probs,
+  static Tensor forward(AutogradContext* ctx, In logits, In indices, In probs,
                         int64_t reduction, bool inplace) {
     Tensor weight = weight_of(logits, indices, probs, reduction), loss, dx;
     if (inplace) {
@@ -281,8 +299,9 @@ struct Fused : torch::autograd::Function<Fused> {
   }
   static variable_list backward(AutogradContext* ctx, variable_list g) {
     once();
-    TORCH_CHECK(!ctx->saved_data.count("used"), "vocab_kl: a second backward through one loss is not supported by "
-                "impl='ext': pass reduction='none', which keeps the logits, or impl='torch'");
+    TORCH_CHECK(!ctx->saved_data.count("used"),
+                "vocab_kl: a second backward through one loss is not supported by impl='ext': pass "
+                "reduction='none', which keeps the logits, or impl='torch'");
     ctx->saved_data["used"] = true;
     Tensor dx = ctx->get_saved_variables()[0];
     CALL(scale_)(dx, g[0]);
@@ -291,11 +310,11 @@ struct Fused : torch::autograd::Function<Fused> {
 };
 
 struct Linear : torch::autograd::Function<Linear> {
-  static Tensor forward(AutogradContext* ctx, const Tensor& hidden, const Tensor& weight, const Tensor& indices,
-                        const Tensor& probs, const MaybeTensor& bias, int64_t reduction, double scale,
+  static Tensor forward(AutogradContext* ctx, In hidden, In weight, In indices,
+                        In probs, InMaybe bias, int64_t reduction, double scale,
                         std::optional<double> softcap, int64_t chunk) {
     bool W = weight.requires_grad(), b = bias && bias->requires_grad();
-    bool later = reduction == NONE && (W || b);               // rows of dh can be scaled afterwards, sums over rows not
+    bool later = reduction == NONE && (W || b);     // rows of dh can be scaled afterwards, sums over rows not
     Tensor g = weight_of(hidden, indices, probs, reduction);
     auto [loss, dh, dW, db] = CALL(linear_kl)(hidden, weight, bias, indices, probs, g, scale, softcap, chunk,
                                               !later && hidden.requires_grad(), !later && W, !later && b);
@@ -318,7 +337,7 @@ struct Linear : torch::autograd::Function<Linear> {
           s[0], s[1], bias, s[2], s[3], g, d["scale"].toDouble(), d["softcap"].toOptional<double>(),
           d["chunk"].toInt(), h, W, b);
     } else {
-      auto times = [](const Tensor& t, const Tensor& g) { return (t * g).to(t.scalar_type()); };
+      auto times = [](In t, In g) { return (t * g).to(t.scalar_type()); };
       if (h) dh = times(s[0], g.dim() ? g.unsqueeze(1) : g);
       if (W) dW = times(s[1], g);
       if (b) db = times(s[2], g);
@@ -327,47 +346,53 @@ struct Linear : torch::autograd::Function<Linear> {
   }
 };
 
-static bool wanted(const Tensor& t) { return at::GradMode::is_enabled() && t.requires_grad(); }
+static bool wanted(In t) { return at::GradMode::is_enabled() && t.requires_grad(); }
 
-static Tensor any_vocab_kl(const Tensor& x, const Tensor& i, const Tensor& p, int64_t reduction, bool inplace) {
-  if (!wanted(x)) return reduce(std::get<0>(CALL(kl_loss)(x, i, p)), weight_of(x, i, p, reduction), reduction);
-  return reduction == NONE ? PerRow::apply(x, i, p) : Fused::apply(x, i, p, reduction, inplace && own_rows(x));
+static Tensor any_vocab_kl(In x, In i, In p, int64_t reduction, bool inplace) {
+  if (!wanted(x))
+    return reduce(std::get<0>(CALL(kl_loss)(x, i, p)), weight_of(x, i, p, reduction), reduction);
+  if (reduction == NONE) return PerRow::apply(x, i, p);
+  return Fused::apply(x, i, p, reduction, inplace && own_rows(x));
 }
-Tensor vocab_kl(const Tensor& x, const Tensor& i, const Tensor& p, int64_t reduction) {
+Tensor vocab_kl(In x, In i, In p, int64_t reduction) {
   return any_vocab_kl(x, i, p, reduction, false);
 }
-Tensor vocab_kl_(const Tensor& x, const Tensor& i, const Tensor& p, int64_t reduction) {
+Tensor vocab_kl_(In x, In i, In p, int64_t reduction) {
   return any_vocab_kl(x, i, p, reduction, true);
 }
-Tensor linear_vocab_kl(const Tensor& hidden, const Tensor& weight, const Tensor& indices, const Tensor& probs,
-                       const MaybeTensor& bias, int64_t reduction, double scale, std::optional<double> softcap,
+Tensor linear_vocab_kl(In hidden, In weight, In indices, In probs,
+                       InMaybe bias, int64_t reduction, double scale, std::optional<double> softcap,
                        int64_t chunk) {
   if (wanted(hidden) || wanted(weight) || (bias && wanted(*bias)))
     return Linear::apply(hidden, weight, indices, probs, bias, reduction, scale, softcap, chunk);
   Tensor g = weight_of(hidden, indices, probs, reduction);
-  auto all = CALL(linear_kl)(hidden, weight, bias, indices, probs, g, scale, softcap, chunk, false, false, false);
-  return reduce(std::get<0>(all), g, reduction);
+  auto [loss, dh, dW, db] = CALL(linear_kl)(hidden, weight, bias, indices, probs, g, scale, softcap, chunk,
+                                            false, false, false);
+  return reduce(loss, g, reduction);
 }
 
-// Under autocast the head is applied as F.linear would: in the lower precision. The loss is in float32 anyway.
+// Under autocast the head is applied as F.linear would: in the lower precision. The loss is in float32
+// anyway.
 template <c10::DispatchKey key, c10::DeviceType device>
-Tensor linear_autocast(const Tensor& hidden, const Tensor& weight, const Tensor& indices, const Tensor& probs,
-                       const MaybeTensor& bias, int64_t reduction, double scale, std::optional<double> softcap,
+Tensor linear_autocast(In hidden, In weight, In indices, In probs,
+                       InMaybe bias, int64_t reduction, double scale, std::optional<double> softcap,
                        int64_t chunk) {
   c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::DispatchKeySet{key});
   auto type = at::autocast::get_autocast_dtype(device);
-  auto low = [&](const Tensor& t) { return at::autocast::cached_cast(type, t, device); };
-  return CALL(linear_vocab_kl)(low(hidden), low(weight), indices, probs, bias ? MaybeTensor(low(*bias)) : bias,
-                               reduction, scale, softcap, chunk);
+  auto low = [&](In t) { return at::autocast::cached_cast(type, t, device); };
+  return CALL(linear_vocab_kl)(low(hidden), low(weight), indices, probs,
+                               bias ? MaybeTensor(low(*bias)) : bias, reduction, scale, softcap, chunk);
 }
 
 }  // namespace t2t
 
 TORCH_LIBRARY(t2t, m) {                                       // reduction: 0 none, 1 mean, 2 sum
   m.def("vocab_kl(Tensor logits, Tensor indices, Tensor probs, int reduction=1) -> Tensor", t2t::vocab_kl);
-  m.def("vocab_kl_(Tensor(a!) logits, Tensor indices, Tensor probs, int reduction=1) -> Tensor", t2t::vocab_kl_);
+  m.def("vocab_kl_(Tensor(a!) logits, Tensor indices, Tensor probs, int reduction=1) -> Tensor",
+        t2t::vocab_kl_);
   m.def("linear_vocab_kl(Tensor hidden, Tensor weight, Tensor indices, Tensor probs, Tensor? bias=None, "
-        "int reduction=1, float scale=1, float? softcap=None, int chunk=1024) -> Tensor", t2t::linear_vocab_kl);
+        "int reduction=1, float scale=1, float? softcap=None, int chunk=1024) -> Tensor",
+        t2t::linear_vocab_kl);
   m.def("kl_loss(Tensor logits, Tensor indices, Tensor probs) -> (Tensor loss, Tensor stats)");
   m.def("kl_grad(Tensor logits, Tensor indices, Tensor probs, Tensor stats, Tensor g) -> Tensor");
   m.def("kl_loss_grad(Tensor logits, Tensor indices, Tensor probs, Tensor g) -> (Tensor loss, Tensor dx)");
@@ -380,9 +405,9 @@ TORCH_LIBRARY(t2t, m) {                                       // reduction: 0 no
   m.def("scatter_targets_(Tensor(a!) out, Tensor indices, Tensor probs, float alpha=1) -> ()");
 }
 
-#define PARTS(m, suffix)                                                                                              \
-  m.impl("kl_loss", t2t::kl_loss##suffix), m.impl("kl_grad", t2t::kl_grad##suffix);                                   \
-  m.impl("kl_loss_grad", t2t::kl_loss_grad##suffix), m.impl("linear_kl", t2t::linear_kl##suffix);                     \
+#define PARTS(m, suffix) \
+  m.impl("kl_loss", t2t::kl_loss##suffix), m.impl("kl_grad", t2t::kl_grad##suffix); \
+  m.impl("kl_loss_grad", t2t::kl_loss_grad##suffix), m.impl("linear_kl", t2t::linear_kl##suffix); \
   m.impl("scatter_targets", t2t::scatter_targets##suffix)
 TORCH_LIBRARY_IMPL(t2t, CPU, m) {
   PARTS(m, ), m.impl("kl_loss_grad_", t2t::kl_loss_grad_), m.impl("scale_", t2t::scale_);
@@ -399,8 +424,8 @@ TORCH_LIBRARY_IMPL(t2t, Meta, m) {
   m.impl("scatter_targets_", t2t::scatter_targets_meta_);
 }
 TORCH_LIBRARY_IMPL(t2t, Autograd, m) {                        // the parts say so if they are differentiated
-  for (auto name : {"kl_loss", "kl_grad", "kl_loss_grad", "kl_loss_grad_", "linear_kl", "scale_", "scatter_targets",
-                    "scatter_targets_"})
+  for (auto name : {"kl_loss", "kl_grad", "kl_loss_grad", "kl_loss_grad_", "linear_kl", "scale_",
+                    "scatter_targets", "scatter_targets_"})
     m.impl(name, torch::autograd::autogradNotImplementedFallback());
 }
 TORCH_LIBRARY_IMPL(t2t, AutocastCPU, m) {
@@ -410,7 +435,7 @@ TORCH_LIBRARY_IMPL(t2t, AutocastCUDA, m) {
   m.impl("linear_vocab_kl", t2t::linear_autocast<c10::DispatchKey::AutocastCUDA, c10::kCUDA>);
 }
 
-PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {                    // importing it registers the operations with torch
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {                 // importing it registers the operations with torch
   m.def("isa", t2t::isa, "instruction set of the CPU kernel: portable, avx2 or avx512");
   m.def("use_isa", t2t::use_isa, "choose it, for tests; False if this machine has none of that name");
   m.def("exp", [](std::vector<float> x) { return t2t::exp_f32(x.data(), x.data(), x.size()), x; });

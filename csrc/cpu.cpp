@@ -1,5 +1,6 @@
-// vocab_kl on a CPU: rows are shared out among the threads, each row goes to the kernel of rows.h that the machine
-// can run. No -march: the file is compiled for every instruction set at once, and the choice is made when it runs.
+// vocab_kl on a CPU: rows are shared out among the threads, each row goes to the kernel of rows.h that the
+// machine can run. No -march: the file is compiled for every instruction set at once, and the choice is made
+// when it runs.
 #include "kl.h"
 
 #include <ATen/Parallel.h>
@@ -23,8 +24,9 @@ using c10::BFloat16;
 using c10::Half;
 
 namespace t2t {
-constexpr int64_t BLOCK = 2048, LANES = 16;                   // of rows.h: elements a block (8 KB), lanes at most
-template <class T> using OneRow = Stats<float> (*)(const T*, T*, int64_t, Stats<float>, bool, float, float*, float*);
+constexpr int64_t BLOCK = 2048, LANES = 16;               // of rows.h: elements a block (8 KB), lanes at most
+template <class T>
+using OneRow = Stats<float> (*)(const T*, T*, int64_t, Stats<float>, bool, float, float*, float*);
 struct Isa {
   const char* name;
   OneRow<float> f32;
@@ -34,7 +36,8 @@ struct Isa {
 };
 }  // namespace t2t
 
-// Sixteen lanes on any machine: the compiler splits them. It is also how the 16 lanes of AVX-512 are tested without it.
+// Sixteen lanes on any machine: the compiler splits them. It is also how the 16 lanes of AVX-512 are tested
+// without it.
 #define L 16
 #define ISA portable
 #define NAME "portable"
@@ -100,7 +103,7 @@ template <class T, class A> static A gather(const Rows& j, int64_t n, std::vecto
   const char* indices = (const char*)j.indices + n * j.K * (j.wide ? 8 : 4);
   Targets<A> row{indices, (const A*)j.probs + n * j.K, j.K, j.V, j.wide, j.merged};
   const T* x = j.x ? (const T*)j.x + n * j.x_stride : nullptr;
-  uint64_t seen[16] = {};                                     // a hash of 1,024 bits: most indices are plainly new
+  uint64_t seen[16] = {};                                // a hash of 1,024 bits: most indices are plainly new
   A P = 0;
   out.clear();
   for (int64_t k = 0; k < j.K; k++) {
@@ -118,7 +121,8 @@ template <class T, class A> static A gather(const Rows& j, int64_t n, std::vecto
 }
 
 // float64: the same steps in plain loops, for gradcheck
-static Stats<double> one_row(const double* x, double* dx, int64_t V, Stats<double> row, bool known, double gP) {
+static Stats<double> one_row(const double* x, double* dx, int64_t V, Stats<double> row, bool known, double gP,
+                             float*, float*) {
   if (!known) {
     row = {*std::max_element(x, x + V), 0};
     for (int64_t v = 0; v < V; v++) row.s += std::exp(x[v] - reference(row.m));
@@ -158,9 +162,7 @@ void rows_cpu(const Rows& j) {
   if (j.type == F32) rows<float, float>(j, i->f32);
   if (j.type == BF16) rows<BFloat16, float>(j, i->bf16);
   if (j.type == F16) rows<Half, float>(j, i->f16);
-  if (j.type == F64)
-    rows<double, double>(j, [](const double* x, double* dx, int64_t V, Stats<double> row, bool known, double gP,
-                               float*, float*) { return one_row(x, dx, V, row, known, gP); });
+  if (j.type == F64) rows<double, double>(j, one_row);
 }
 
 // dx_n,i += alpha q: the sum over duplicates first, so that a half-precision buffer is rounded once

@@ -1,6 +1,7 @@
 // Sparse-target vocabulary KL: the arithmetic that the CPU and the CUDA kernels share, for host and device.
 //
-//     N rows   V vocabulary   K sparse targets a row   S slices of a row   b bytes a logit   g gradient from above
+//     N rows   V vocabulary   K sparse targets a row   S slices of a row   b bytes a logit
+//     g the gradient from above
 //     T type of the logits   A type of losses, targets and sums: double if T is double, else float
 //
 //     q_v    = sum of p_k over the targets k whose index is v      (-1 and anything outside 0..V-1: ignored)
@@ -8,10 +9,11 @@
 //     loss   = sum_v q_v (log q_v + log s - (x_v - m))             only q_v > 0
 //     dx_v   = g (P exp(x_v - m) / s - q_v)                        P = sum_v q_v
 //
-// Bytes are the floor: the loss reads V logits, loss and gradient read V and write V; K is small. So a row is read
-// once, in slices; each slice gives (m, s); slices are joined; the gradient is written as if no token were a target;
-// then at most K places are patched. log s - (x - m), never lse - x: a common offset of 1e4 costs no digits. At a
-// target the difference P softmax - q is formed in full precision and rounded once: where q ~ softmax it cancels.
+// Bytes are the floor: the loss reads V logits, loss and gradient read V and write V; K is small. So a row is
+// read once, in slices; each slice gives (m, s); slices are joined; the gradient is written as if no token
+// were a target; then at most K places are patched. log s - (x - m), never lse - x: a common offset of 1e4
+// costs no digits. At a target the difference P softmax - q is formed in full precision and rounded once:
+// where q ~ softmax it cancels.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -27,7 +29,7 @@ using std::exp, std::log;                                     // of float for fl
 
 template <class A> struct Stats { A m, s; };                  // of any part of a row: max, sum exp(x - m)
 
-// What exp subtracts: the maximum, but 0 where all logits are -inf (exp(-inf - 0) = 0, exp(-inf + inf) = NaN).
+// What exp subtracts: the maximum, but 0 where all logits are -inf: exp(-inf - 0) = 0, exp(-inf + inf) = NaN.
 template <class A> HD A reference(A m) { return m == -INFINITY ? A(0) : m; }
 
 template <class A> HD A shift(A from, A to) { return from == to ? A(1) : exp(from - to); }
@@ -56,7 +58,8 @@ template <class A> struct Targets {
     int64_t v = wide ? ((const int64_t*)i)[k] : ((const int32_t*)i)[k];
     return v >= 0 && v < V ? v : -1;
   }
-  // q at target k, all of it at the first of its duplicates: O(K), so a row is O(K^2). For large K, merge before.
+  // q at target k, all of it at the first of its duplicates: O(K), so a row is O(K^2). For large K, merge
+  // before.
   HD A mass(int64_t k) const {
     int64_t v = index(k);
     if (v < 0) return 0;
@@ -71,7 +74,7 @@ template <class A> struct Targets {
     return first ? q : A(0);
   }
 };
-constexpr int64_t K_MERGED = 256;       // above this the bindings sort the targets and add up duplicates first
+constexpr int64_t K_MERGED = 256;      // above this the bindings sort the targets and add up duplicates first
 
 // x: the logit at a target of mass q
 template <class A> HD A target_loss(A q, A x, Stats<A> row) {
@@ -89,13 +92,13 @@ struct Rows {
   const void* x;                // (N,V), x_stride elements from row to row
   void* dx;                     // (N,V), may be x; null: the loss alone
   int64_t x_stride, dx_stride;
-  const void* indices;          // (N,K) contiguous, int32 or (wide) int64; K <= K_MERGED, or without duplicates
+  const void* indices;        // (N,K) contiguous, int32 or (wide) int64; K <= K_MERGED, or without duplicates
   bool wide, merged;            // merged: no index stands twice in a row
   const void* probs;            // (N,K) A, contiguous
   const void* g;                // A, g_stride (0 or 1) elements from row to row; read only if dx
   int64_t g_stride;
   void* loss;                   // (N,) A, written; may be null
-  void* stats;                  // (N,2) A: m, s. Written if not null, or, with `known`, read: x is then read once
+  void* stats;              // (N,2) A: m, s. Written if not null, or, with `known`, read: x is then read once
   bool known;
 };
 

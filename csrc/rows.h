@@ -1,12 +1,13 @@
-// The CPU kernel: one row of vocab_kl in vectors of L floats. cpu.cpp includes this file once for each instruction
-// set, with L, ISA and MAX defined; the compiler maps the vectors to the registers it has.
+// The CPU kernel: one row of vocab_kl in vectors of L floats. cpu.cpp includes this file once for each
+// instruction set, with L, ISA and MAX defined; the compiler maps the vectors to the registers it has.
 //
-// Two threads on AVX2 take about as long to compute as to load, so instructions count: exp is taken once. The first
-// pass leaves e = exp(x - r), r the maximum so far, in a buffer (for float32 in dx itself), and the second only
-// multiplies. exp(r - m) makes up for the later maximum, block by block.
+// Two threads on AVX2 take about as long to compute as to load, so instructions count: exp is taken once. The
+// first pass leaves e = exp(x - r), r the maximum so far, in a buffer (for float32 in dx itself), and the
+// second only multiplies. exp(r - m) makes up for the later maximum, block by block.
 //
-//     bytes of memory a row: loss V b; loss and gradient 2 V b, b = 2 or 4. (A float32 row of 128k words just fits a
-//     second-level cache of 512 KB, and so does a bfloat16 row's buffer.)
+//     bytes of memory a row: loss V b; loss and gradient 2 V b
+//
+// A float32 row of 128k words just fits a second-level cache of 512 KB, and so does a bfloat16 row's buffer.
 
 namespace t2t { namespace ISA {
 
@@ -18,10 +19,15 @@ static inline F all(float a) { return a - F{}; }
 static inline F get(const float* x) { F v; std::memcpy(&v, x, sizeof v); return v; }
 static inline void put(float* x, F v) { std::memcpy(x, &v, sizeof v); }
 static inline float sum(F a) { float s = 0; for (int l = 0; l < L; l++) s += a[l]; return s; }
-static inline float max(F a) { float m = a[0]; for (int l = 1; l < L; l++) m = a[l] > m ? a[l] : m; return m; }
+static inline float max(F a) {
+  float m = a[0];
+  for (int l = 1; l < L; l++) m = a[l] > m ? a[l] : m;
+  return m;
+}
 
-// All loops go by 2 L elements. Which of the two vectors an element lands in does not matter, as long as load and
-// store agree: bfloat16, the upper half of a float, splits into even and odd places by one instruction each.
+// All loops go by 2 L elements. Which of the two vectors an element lands in does not matter, as long as load
+// and store agree: bfloat16, the upper half of a float, splits into even and odd places by one instruction
+// each.
 struct Pair { F a, b; };
 
 static inline Pair load(const float* x) { return {get(x), get(x + L)}; }
@@ -32,7 +38,7 @@ static inline Pair load(const BFloat16* x) {
   std::memcpy(&u, x, sizeof u);
   return {(F)(u << 16), (F)(u & 0xffff0000u)};
 }
-static inline U rounded(F y) { U u = (U)y; return u + 0x7fff + ((u >> 16) & 1); }       // to nearest, ties to even
+static inline U rounded(F y) { U u = (U)y; return u + 0x7fff + ((u >> 16) & 1); }  // to nearest, ties to even
 static inline void store(BFloat16* x, Pair y) {
   U u = (rounded(y.a) >> 16) | (rounded(y.b) & 0xffff0000u);
   std::memcpy(x, &u, sizeof u);
@@ -41,7 +47,8 @@ static inline void store(BFloat16* x, Pair y) {
 static inline Pair load(const Half* x) {
   float y[2 * L];
 #ifdef F16C
-  for (int l = 0; l < 2 * L; l += 8) _mm256_storeu_ps(y + l, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(x + l))));
+  for (int l = 0; l < 2 * L; l += 8)
+    _mm256_storeu_ps(y + l, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(x + l))));
 #else
   for (int l = 0; l < 2 * L; l++) y[l] = x[l];
 #endif
@@ -70,21 +77,24 @@ template <class T> static inline void store_some(T* x, int64_t n, Pair y) {
   std::memcpy((void*)x, some, n * sizeof(T));
 }
 
-// e^x for x <= 40, off by 3e-7 of itself for x > -8 and by 1.4e-6 for x > -87.3 (6e-7 and 6e-6 on a machine that
-// does not fuse; tested); below that 0; NaN for NaN.
+// e^x for x <= 40, off by 3e-7 of itself for x > -8 and by 1.4e-6 for x > -87.3 (6e-7 and 6e-6 on a machine
+// that does not fuse; tested); below that 0; NaN for NaN.
 //   x log2 e = n + f,  |f| <= 1/2,  e^x = 2^n 2^f;    2^f = 1 + f c(f), c minimax of degree 4
 static inline F exp(F x) {
-  const float big = 12582912 + 127;         // adding 1.5 * 2^23 rounds to an integer, in the low bits; 127: the bias
+  const float big = 12582912 + 127;  // adding 1.5 * 2^23 rounds to an integer, in the low bits; 127: the bias
   x = MAX(all(-88), x);                                       // MAX gives its second argument if one is NaN
   F t = x * 1.44269504f + big, n = t - big;
   F f = x * 1.44269504f - n;                                  // fused: no digit of the product is lost
-  F y = ((((1.32646586e-3f * f + 9.67156608e-3f) * f + 5.55073433e-2f) * f + 0.240222409f) * f + 0.693147004f) * f + 1;
+  F y = ((1.32646586e-3f * f + 9.67156608e-3f) * f + 5.55073433e-2f) * f + 0.240222409f;
+  y = (y * f + 0.693147004f) * f + 1;
   return y * (F)((I)t << 23);                                 // n = -127: the bits of 0
 }
 
-// (m, s) of x (V,), each logit read once: a block takes its exps from the maximum before it, r, and looks for a larger
-// one on the way; only if that is beyond r + 40 is the block (8 KB, still in the first-level cache) done again.
-// KEEP: e = exp(x - r), r of each block. e is x, dx, or a buffer in the order of Pair, up to 2 L longer than V.
+// (m, s) of x (V,), each logit read once: a block takes its exps from the maximum before it, r, and looks for
+// a larger one on the way; only if that is beyond r + 40 is the block (8 KB, still in the first-level cache)
+// done again.
+// KEEP: e = exp(x - r), r of each block. e is x, dx, or a buffer in the order of Pair, up to 2 L longer than
+// V.
 template <bool KEEP, class T> static Stats<float> stats_of(const T* x, int64_t V, float* e, float* r) {
   Stats<float> row{-INFINITY, 0};
   for (int64_t begin = 0; begin < V; begin += BLOCK) {
@@ -98,7 +108,8 @@ template <bool KEEP, class T> static Stats<float> stats_of(const T* x, int64_t V
       return p;
     };
     float from = row.m, m;
-    if (row.m == -INFINITY || (KEEP && std::is_same_v<T, float>)) {   // nothing to start from, or e may lie over x
+    // nothing to start from, or e may lie over x
+    if (row.m == -INFINITY || (KEEP && std::is_same_v<T, float>)) {
       m0 = m1 = all(row.m);
       for (v = begin; v + 2 * L <= end; v += 2 * L) larger(load(x + v));
       if (v < end) larger(load_some(x + v, end - v));
@@ -125,8 +136,8 @@ template <bool KEEP, class T> static Stats<float> stats_of(const T* x, int64_t V
   return row;
 }
 
-// dx_v = factor exp(x_v - m), factor = g P / s: the gradient where no token is a target; first from what was kept,
-// then from the logits. dx may be e or x.
+// dx_v = factor exp(x_v - m), factor = g P / s: the gradient where no token is a target; first from what was
+// kept, then from the logits. dx may be e or x.
 template <class T>
 static void write_kept(const float* e, const float* r, T* dx, int64_t V, Stats<float> row, float factor) {
   for (int64_t begin = 0; begin < V; begin += BLOCK) {
@@ -146,10 +157,11 @@ template <class T> static void write_grad(const T* x, T* dx, int64_t V, Stats<fl
   if (v < V) store_some(dx + v, V - v, grad(load_some(x + v, V - v)));
 }
 
-// dx_v = gP softmax(x)_v if dx is not null (the caller then patches the targets), and (m, s), which may be `known`:
-// x is then read once.
+// dx_v = gP softmax(x)_v if dx is not null (the caller then patches the targets), and (m, s), which may be
+// `known`: x is then read once.
 template <class T>
-static Stats<float> one_row(const T* x, T* dx, int64_t V, Stats<float> row, bool known, float gP, float* e, float* r) {
+static Stats<float> one_row(const T* x, T* dx, int64_t V, Stats<float> row, bool known, float gP,
+                            float* e, float* r) {
   if constexpr (std::is_same_v<T, float>) e = dx;
   if (!dx) return known ? row : stats_of<false>(x, V, e, r);
   if (known) {
@@ -161,7 +173,7 @@ static Stats<float> one_row(const T* x, T* dx, int64_t V, Stats<float> row, bool
   return row;
 }
 
-static void exp_all(const float* x, float* y, int64_t n) {                              // for the test of its error
+static void exp_all(const float* x, float* y, int64_t n) {                        // for the test of its error
   int64_t i = 0;
   for (; i + L <= n; i += L) put(y + i, exp(get(x + i)));
   for (; i < n; i++) y[i] = exp(all(x[i]))[0];

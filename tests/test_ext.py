@@ -9,6 +9,7 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import library
 from torch.testing import assert_close
 
 import t2t
@@ -213,7 +214,7 @@ def samples():
 @pytest.mark.parametrize("op, args", samples(), ids=lambda a: a if isinstance(a, str) else "")
 def test_opcheck(ext, op, args):
     """Schema (what is written, what aliased), autograd, shapes without data, compiled dynamically."""
-    result = torch.library.opcheck(getattr(ops, op).default, args)
+    result = library.opcheck(getattr(ops, op).default, args)
     assert set(result) == {"test_schema", "test_autograd_registration", "test_faketensor",
                            "test_aot_dispatch_dynamic"}
     assert set(result.values()) == {"SUCCESS"}
