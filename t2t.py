@@ -384,11 +384,14 @@ class Embedder:
             h[rows] = pool(states(self.model, x, mask).float(), mask, self.pooling).cpu().numpy()
         return h
 
+    @functools.cached_property
+    def words(self):
+        return read_vocabulary(self.tok, len(head(self.model).weight))
+
     @torch.no_grad()
     def tokens(self, texts, k=10):
         """list of str -> for each the k tokens it lights up, [(token, probability)]; variants are one."""
-        H = head(self.model)
-        words = read_vocabulary(self.tok, len(H.weight))
+        H, words = head(self.model), self.words
         fold = torch.from_numpy(np.where(words.canon >= 0, words.canon, np.arange(len(words.canon))))
         p = F.softmax(H(torch.from_numpy(self.encode(texts)).to(H.weight)).float().cpu(), -1)          # (N,V)
         p, i = torch.zeros_like(p).index_add_(1, fold, p).topk(k, 1)
