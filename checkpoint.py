@@ -48,7 +48,7 @@ def start_folder(out, resuming):
 
 def save_state(out, config, model, optimizer, **position):
     file = out / "state" / "last.pt"
-    torch.save({"config": dataclasses.asdict(config), "position": position, "rng": torch.get_rng_state(),
+    torch.save({"config": dataclasses.asdict(config), "position": position,
                 "optimizer": optimizer.state_dict(),
                 "weights": {n: p for n, p in model.named_parameters() if p.requires_grad}}, f"{file}.new")
     os.replace(f"{file}.new", file)
@@ -70,7 +70,6 @@ def load_state(out, config, model, optimizer, corpus_hash):
             if p.requires_grad:
                 p.copy_(state["weights"][name])
     optimizer.load_state_dict(state["optimizer"])
-    torch.set_rng_state(state["rng"].cpu())
     lines = (out / "log.jsonl").read_text().splitlines()[:state["position"]["step"]]
     # steps that came after the state are taken, and logged, again
     (out / "log.jsonl").write_text("".join(line + "\n" for line in lines))
@@ -121,17 +120,21 @@ def read_model(name, causal, dtype, option):
 
 
 # ------------------------------------------------------------------------------------ the finished checkpoint
-def save(out, model, tok, head, config, facts):
+def save(out, embedder, head, config, facts):
     """Write the whole checkpoint beside OUT, then put it in OUT's place."""
     new, aside = out.with_name(out.name + ".new"), out.with_name(out.name + ".old")
     for leftover in (new, aside):
         shutil.rmtree(leftover, ignore_errors=True)
     new.mkdir(parents=True)
-    model.float().save_pretrained(new)
-    tok.save_pretrained(new)
+    embedder.model.float().save_pretrained(new)
+    embedder.tok.save_pretrained(new)
     shared = [f for f in new.iterdir() if f.is_file()]            # weights, config and tokenizer
     C = head.weight.shape[1]
-    sentence_transformers_folder(new, config, C, "SentenceTransformer", similarity_fn_name="cosine")
+    W = embedder.W
+    sentence_transformers_folder(new, config, C, "SentenceTransformer", [] if W is None else ["Dense"],
+                                 similarity_fn_name="cosine")
+    if W is not None:
+        write_dense(new / "2_Dense", torch.from_numpy(W), None, "torch.nn.modules.linear.Identity")
     sparse_folder(new / "sparse", shared, head, config, C)
     write_json(new / "t2t.json", facts)
     (new / "README.md").write_text(card(config, facts))
@@ -161,21 +164,31 @@ def sentence_transformers_folder(folder, config, C, model_type, extra=(), **sett
 def sparse_folder(folder, shared, head, config, C):
     """max(0, centred logits), the K largest. softmax ignores a constant added to every logit of a text, ReLU
     does not: so the head loses its mean row, and what is left is how far a token stands above the average."""
-    from safetensors.torch import save_file
     folder.mkdir()
     for f in shared:
         os.link(f, folder / f.name)
     sentence_transformers_folder(folder, config, C, "SparseEncoder", ["Dense"], similarity_fn_name="dot",
                                  max_active_dims=config.top_k)
-    (folder / "2_Dense").mkdir()
-    write_json(folder / "2_Dense" / "config.json", {
-        "in_features": C, "out_features": len(head.weight), "bias": head.bias is not None,
-        "activation_function": "torch.nn.modules.activation.ReLU"})
-    dense = {"linear.weight": head.weight - head.weight.mean(0)}
-    if head.bias is not None:
-        dense["linear.bias"] = head.bias - head.bias.mean()
+    bias = None if head.bias is None else head.bias - head.bias.mean()
+    write_dense(folder / "2_Dense", head.weight - head.weight.mean(0), bias, "torch.nn.modules.activation.ReLU")
+
+
+def write_dense(folder, weight, bias, activation):
+    from safetensors.torch import save_file
+    folder.mkdir()
+    write_json(folder / "config.json", {
+        "in_features": weight.shape[1], "out_features": len(weight), "bias": bias is not None,
+        "activation_function": activation})
+    dense = {"linear.weight": weight} | ({} if bias is None else {"linear.bias": bias})
     dense = {k: v.detach().float().cpu().contiguous() for k, v in dense.items()}
-    save_file(dense, folder / "2_Dense" / "model.safetensors")
+    save_file(dense, folder / "model.safetensors")
+
+
+def read_dense(folder):
+    """W (C,C) of a checkpoint that has one, else None."""
+    from safetensors.numpy import load_file
+    file = folder / "2_Dense" / "model.safetensors"
+    return load_file(file)["linear.weight"].T if file.exists() else None
 
 
 def write_json(path, value):

@@ -49,12 +49,14 @@ class Config:
     pooling: str = setting("mean", "how the states of a text become one vector", ["mean", "last"])
     attention: str = setting("bidirectional", "what a token may look at", ["bidirectional", "causal"])
     top_k: int = setting(64, "K, target tokens a text")
-    temperature: float = setting(1.0, "of the target distribution: lower is sharper")
+    temperature: float = setting(1.0, "of the target distribution: lower is sharper (simcse: of cosines, x 0.05)")
+    dropout: float = setting(-1.0, "of input tokens (simcse: of attention; mntp: tokens masked; -1: see DROPOUT)")
     max_length: int = setting(128, "tokens of a text that the model sees")
     batch_size: int = setting(128, "texts a step")
     micro_batch: int = setting(32, "texts on the device at a time, the same gradient (0: the whole batch)")
     steps: int = setting(110, "optimiser steps")
     lr: float = setting(0.0, "peak learning rate (0: 2e-3 for all weights, 2e-4 for adapters)")
+    whitening: float = setting(0.75, "power by which the spectrum of the finished embeddings is made flat (0: not)")
     token_loss: float = setting(1.0, "weight of the loss at single tokens (0: none)")
     lora_rank: int = setting(-1, "of LoRA adapters (0: all weights; -1: 0 below 100 M parameters, else 16)")
     seed: int = setting(42, "of the order of texts and of every random number")
@@ -84,19 +86,19 @@ def parse(argv):
 def checked(config):
     """config, or Error on a value that no run could use."""
     least = dict(top_k=1, max_length=1, batch_size=1, steps=1, save_every=1, temperature=1e-6, micro_batch=0,
-                 lr=0, token_loss=0, lora_rank=-1, seed=0, show_targets=0)
+                 lr=0, token_loss=0, whitening=0, lora_rank=-1, seed=0, show_targets=0)
     for f in dataclasses.fields(config):
         value, choices = getattr(config, f.name), f.metadata["choices"]
         if choices and value not in choices:
             raise Error(f"{flag(f.name)}: expected one of {', '.join(choices)}, got {value}")
         if f.name in least and not least[f.name] <= value < math.inf:
             raise Error(f"{flag(f.name)}: expected {least[f.name]} or more, got {value}")
-    if config.method in ("simcse", "mntp"):
-        raise Error(f"--method {config.method}: expected data, model, both or none: it is not built yet")
     if config.method == "both" and config.top_k < 2:
         raise Error(f"--top-k: expected 2 or more for both kinds of target, got {config.top_k}")
-    if config.method == "none" and config.show_targets:
-        raise Error("--show-targets: expected a method that has targets, got none")
+    if not 0 <= config.dropout < 1 and config.dropout != -1:
+        raise Error(f"--dropout: expected a share from 0 to below 1, got {config.dropout}")
+    if config.method in ("none", "simcse", "mntp") and config.show_targets:
+        raise Error(f"--show-targets: expected a method that has targets, got {config.method}")
     return config
 
 
@@ -358,10 +360,12 @@ def pad(ids, pad_id, device="cpu"):
 
 
 class Embedder:
-    """A model in use: h = pool(f(x)), the vectors that SentenceTransformer(folder).encode gives."""
+    """A model in use: h = pool(f(x)), and h W, the vectors that SentenceTransformer(folder).encode gives.
 
-    def __init__(self, model, tok, pooling, max_length):
-        self.model, self.tok, self.pooling, self.max_length = model, tok, pooling, max_length
+    W (C,C), None until training ends, makes the spectrum of the embeddings flatter: see whiten."""
+
+    def __init__(self, model, tok, pooling, max_length, W=None):
+        self.model, self.tok, self.pooling, self.max_length, self.W = model, tok, pooling, max_length, W
 
     @classmethod
     def load(cls, folder, device="cpu"):
@@ -369,16 +373,24 @@ class Embedder:
         path = Path(folder) / "t2t.json"
         made = json.loads(path.read_text())["config"] if path.exists() else {}
         model, tok = load_backbone(str(folder), made.get("attention", "causal"))
-        return cls(model.to(device), tok, made.get("pooling", "mean"), made.get("max_length", 128))
+        return cls(model.to(device), tok, made.get("pooling", "mean"), made.get("max_length", 128),
+                   disk.read_dense(path.parent) if made else None)
 
-    @torch.no_grad()
     def encode(self, texts, batch_size=64):
         """list of N str -> (N,C) float32, not normalised. A text without a token gives zeros."""
+        h = self.pooled(self.ids(texts), batch_size)
+        return h if self.W is None else h @ self.W
+
+    def ids(self, texts):
         if isinstance(texts, str):
             raise TypeError("encode: expected a list of texts, got one text: pass [text]")
-        ids = tokenize(self.tok, list(texts), self.max_length)
+        return tokenize(self.tok, list(texts), self.max_length)
+
+    @torch.no_grad()
+    def pooled(self, ids, batch_size=64):
+        """list of N id lists -> (N,C) float32: what the head reads."""
         h = np.zeros((len(ids), head(self.model).weight.shape[1]), np.float32)
-        order = sorted((n for n in range(len(ids)) if ids[n]), key=lambda n: -len(ids[n]))      # less padding
+        order = sorted((n for n in range(len(ids)) if len(ids[n])), key=lambda n: -len(ids[n]))      # less padding
         for rows in blocks(order, batch_size):
             x, mask = pad([ids[n] for n in rows], self.tok.pad_token_id, self.model.device)
             h[rows] = pool(states(self.model, x, mask).float(), mask, self.pooling).cpu().numpy()
@@ -393,10 +405,24 @@ class Embedder:
         """list of str -> for each the k tokens it lights up, [(token, probability)]; variants are one."""
         H, words = head(self.model), self.words
         fold = torch.from_numpy(np.where(words.canon >= 0, words.canon, np.arange(len(words.canon))))
-        p = F.softmax(H(torch.from_numpy(self.encode(texts)).to(H.weight)).float().cpu(), -1)          # (N,V)
+        h = torch.from_numpy(self.pooled(self.ids(texts))).to(H.weight)
+        p = F.softmax(H(h).float().cpu(), -1)                                                          # (N,V)
         p, i = torch.zeros_like(p).index_add_(1, fold, p).topk(k, 1)
         name = lambda v: words.text[v] or repr(self.tok.decode([v]))       # a space would show as nothing
         return [[(name(v), w) for v, w in zip(*row)] for row in zip(i.tolist(), p.tolist())]
+
+
+def whiten(h, power, ridge=0.01):
+    """h (N,C) -> W (C,C) float32, symmetric: h W spreads over the directions that h uses unevenly.
+
+        S = mean_n u_n u_n' + ridge I,  u = h / |h|,        W = S^(-power/2)      power 1: all alike; 0: as it is
+
+    OURS: predicting words leaves a few large directions, shared by all texts (the first is nearly the mean of
+    all), which drown in a cosine what tells texts apart. Whitening is that of arXiv 2103.15316, not centred."""
+    u = F.normalize(torch.from_numpy(h).double(), dim=1)
+    s, E = torch.linalg.eigh(u.T @ u / len(u))
+    s = s.clamp_min(0) + ridge * s.mean()
+    return (E * (s / s.mean()) ** (-power / 2) @ E.T).float().numpy()
 
 
 # ---------------------------------------------------------------------------------------------------- 4. loss
@@ -551,6 +577,23 @@ def make_trainable(model, rank):
     return model
 
 
+# What a step minimises: generators of (loss to show, loss to descend), one pair for each micro-batch `batch`
+# holds, so that the graph of one is gone before the next is made. read(ids, mask) -> x (B,T,C), h (B,C).
+DROPOUT = {"data": 0.2, "model": 0.2, "both": 0.2, "simcse": 0.3, "mntp": 0.2}
+
+
+def predict_targets(read, batch, H, impl, indices, probs, token_loss, canon):
+    """Text2Token: L = mean_b KL(q_b || softmax(head(h_b))), and the same loss at single tokens."""
+    B, valid, first = len(indices), (indices >= 0).any(1).sum().clamp_min(1), 0
+    for ids, mask in batch:
+        rows = slice(first, first := first + len(ids))
+        x, h = read(ids, mask)
+        L = linear_vocab_kl(h, H.weight, indices[rows], probs[rows], H.bias, "sum", impl, False,
+                            H.scale, H.softcap) / valid
+        single = single_tokens(x, ids, mask, canon, H, impl) * token_loss / B if token_loss else 0
+        yield L.detach(), L + single
+
+
 def single_tokens(x, ids, mask, canon, H, impl, a_text=4):
     """The same loss where text and target are one token: x_t predicts token t, at up to four places a text.
 
@@ -559,9 +602,54 @@ def single_tokens(x, ids, mask, canon, H, impl, a_text=4):
     word = (canon[ids] >= 0) & (mask > 0)                              # (B,T)
     every = ((word.sum(1, keepdim=True) + a_text - 1) // a_text).clamp(min=1)  # (B,1) take each n-th word
     b, t = (word & ((word.cumsum(1) - 1) % every == 0)).nonzero(as_tuple=True)
-    one = torch.ones(len(b), 1, device=x.device)
-    return linear_vocab_kl(x[b, t], H.weight, canon[ids[b, t]][:, None], one, H.bias, "sum", impl, False,
-                           H.scale, H.softcap) / a_text
+    return token_nll(x[b, t], canon[ids[b, t]], H, impl) / a_text
+
+
+def token_nll(x, v, H, impl):
+    """-sum_n log softmax(head(x_n))[v_n]: the loss with one target a row. x (N,C), v (N,) -> ()"""
+    one = torch.ones(len(v), 1, device=x.device)
+    return linear_vocab_kl(x, H.weight, v[:, None], one, H.bias, "sum", impl, False, H.scale, H.softcap)
+
+
+def simcse(read, batch, model, share, tau):
+    """Baseline: a text is nearest to itself. arXiv 2104.08821, with attention dropout as in arXiv 2404.05961:
+
+        L = -mean_b log softmax_b'(cos(h_b, h'_b') / tau)[b]      h, h': two readings under different dropout
+
+    Every text is told from all others of its batch, so the graph of the whole batch is held at once."""
+    attention = [m for m in model.modules() if hasattr(m, "attention_dropout")]
+    if not attention:
+        raise Error(f"--method simcse: expected a model with attention dropout, got {model.config.model_type}")
+    for m in attention:
+        m.attention_dropout, m.training = share, True
+    h, other = (F.normalize(torch.cat([read(*part)[1] for part in batch]).float(), dim=1) for _ in range(2))
+    for m in attention:
+        m.training = False
+    L = F.cross_entropy(h @ other.T / tau, torch.arange(len(h), device=h.device))
+    yield L.detach(), L
+
+
+def mntp(read, batch, H, impl, share, blank):
+    """Baseline: masked next-token prediction. Some tokens become `blank`; the state *before* such a place,
+    from which the pretrained model already predicts, tells what stood there. arXiv 2404.05961."""
+    hidden = [(torch.rand(ids.shape) < share).to(ids.device) & (mask > 0) for ids, mask in batch]
+    n = sum(m[:, 1:].sum() for m in hidden).clamp_min(1)
+    for (ids, mask), m in zip(batch, hidden):
+        x, b, t = read(ids.masked_fill(m, blank), mask)[0], *m[:, 1:].nonzero(as_tuple=True)
+        L = token_nll(x[b, t], ids[b, t + 1], H, impl) / n
+        yield L.detach(), L
+
+
+def leave_out(ids, share):
+    """(T,) ids -> about (1 - share) T of them. OURS: the target is still that of the whole text, so that a word
+    must be inferred from the others: half a step towards tokens *beyond* the text."""
+    keep = torch.rand(len(ids)).numpy() >= share
+    return ids[keep] if keep.any() else ids
+
+
+def entropy(counts):
+    p = counts[counts > 0] / counts.sum()
+    return -(p * np.log(p)).sum().item()
 
 
 def train(config, targets=None, on_step=None):
@@ -589,7 +677,7 @@ def train(config, targets=None, on_step=None):
         given = config, tokens, words, model, tok
         if config.show_targets:
             return show_targets(config, tokens, targets_of(*given, custom=targets), words, tok)
-        q = build_targets(*given, custom=targets)
+        q = None if config.method in ("simcse", "mntp") else build_targets(*given, custom=targets)
     before = Embedder(model, tok, config.pooling, config.max_length).tokens(EXAMPLES, 8)
 
     # ---- the embedder
@@ -602,46 +690,56 @@ def train(config, targets=None, on_step=None):
     if len(head(model).weight) != V:
         raise Error(f"--init: expected a checkpoint made from {config.backbone}, got another vocabulary")
     if config.method == "none":
-        return finish(config, model, tok, before, t0)
+        return finish(config, Embedder(model, tok, config.pooling, config.max_length), before, t0)
     model = make_trainable(model, rank)
     core = model.get_base_model() if rank else model                   # without the wrapper of the adapters
     embedder, H = Embedder(core, tok, config.pooling, config.max_length), head(core)
     canon, lengths = torch.from_numpy(words.canon).to(device), np.diff(tokens.start)
 
     # ---- training
-    params, peak = [p for p in model.parameters() if p.requires_grad], config.lr or (2e-4 if rank else 2e-3)
+    params = [p for p in model.parameters() if p.requires_grad]
+    peak = config.lr or (2e-4 if rank else 2e-3)
+    dropout = DROPOUT[config.method] if config.dropout < 0 else config.dropout
+    absent = 0.0 if config.method in ("simcse", "mntp") else dropout
+    contrast, blank = config.method == "simcse", tok("_", add_special_tokens=False)["input_ids"][-1]
+    in_precision = torch.autocast(device, torch.bfloat16, enabled=bf16)
+
+    def read(ids, mask):
+        x = states(core, ids, mask)                                                                  # (B,T,C)
+        return x, pool(x, mask, config.pooling)
     optimizer = torch.optim.AdamW(params, lr=peak, betas=(0.9, 0.98), weight_decay=0.01)
     at = {"step": 0, "seconds": 0.0, "cells": 0, "read": 0, "corpus": tokens.hash}     # cells: with padding
     if config.resume:
         at = disk.load_state(out, config, model, optimizer, tokens.hash)
     B = min(config.batch_size, len(lengths))
+    constant = q.constant if q else math.log(B) if contrast else entropy(np.bincount(tokens.ids))
     begun, t1 = dict(at), time.time()
     impl, which = choose(config.impl, device)
     print(f"{sum(p.numel() for p in params):,} weights learn ({'LoRA' if rank else 'all but the head'}), "
           f"rate {peak:g}, {config.attention}; {len(lengths):,} texts, {config.steps} steps of {B}; "
           f"{'bfloat16' if bf16 else 'float32'} on {device}; loss by {which}", flush=True)
 
-    # OURS: no dropout. The model stays as load_backbone left it, in eval mode.
     log = open(out / "log.jsonl", "a" if config.resume else "w")
     bar = tqdm(total=config.steps * B, initial=at["step"] * B, unit=" texts", desc="train")
     with disk.between_steps() as interrupted, log, bar:
         while at["step"] < config.steps and not interrupted:
             # ------------------------------------------------------------------------------ BEGIN: one step
-            texts, loss = batch_of(at["step"], config.seed, lengths, B), 0.0
-            indices, probs = (torch.from_numpy(a[texts]).to(device) for a in (q.indices, q.probs))   # (B,K)
-            valid = (indices >= 0).any(1).sum().clamp_min(1)
-            for rows in blocks(range(B), config.micro_batch or B):
-                ids, mask = pad([tokens.text(n) for n in texts[rows]], tok.pad_token_id, device)
-                with torch.autocast(device, torch.bfloat16, enabled=bf16):
-                    x = states(core, ids, mask)                                                      # (B,T,C)
-                    h = pool(x, mask, config.pooling)                                                # (B,C)
-                    L = linear_vocab_kl(h, H.weight, indices[rows], probs[rows], H.bias, "sum", impl, False,
-                                        H.scale, H.softcap) / valid
-                    loss += L.item()
-                    if config.token_loss:
-                        L = L + config.token_loss / B * single_tokens(x, ids, mask, canon, H, impl)
-                L.backward()
-                at["cells"], at["read"] = at["cells"] + ids.numel(), at["read"] + int(mask.sum())
+            torch.manual_seed(config.seed * 1_000_003 + at["step"])    # so that there is no state to keep
+            texts, loss = batch_of(at["step"], config.seed, lengths, B, 1 if contrast else 16), 0.0
+            batch = [pad([leave_out(tokens.text(n), absent) for n in texts[rows]], tok.pad_token_id, device)
+                     for rows in blocks(range(B), config.micro_batch or B)]
+            if contrast:
+                parts = simcse(read, batch, core, dropout, 0.05 * config.temperature)
+            elif config.method == "mntp":
+                parts = mntp(read, batch, H, impl, dropout, blank)
+            else:
+                indices, probs = (torch.from_numpy(a[texts]).to(device) for a in (q.indices, q.probs))   # (B,K)
+                parts = predict_targets(read, batch, H, impl, indices, probs, config.token_loss, canon)
+            while part := in_precision(next)(parts, None):
+                part[1].backward()
+                loss += part[0].item()
+            at["cells"] += sum(ids.numel() for ids, _ in batch)
+            at["read"] += sum(int(mask.sum()) for _, mask in batch)
             norm = torch.nn.utils.clip_grad_norm_(params, 1.0).item()
             if not math.isfinite(loss + norm):
                 raise Error(f"step {at['step']}: loss {loss}, gradient norm {norm}: "
@@ -654,7 +752,7 @@ def train(config, targets=None, on_step=None):
             # -------------------------------------------------------------------------------- END: one step
             at["seconds"] = begun["seconds"] + time.time() - t1
             speed = (at["step"] - begun["step"]) * B / (time.time() - t1)
-            log.write(json.dumps({"step": at["step"], "loss": loss, "constant": q.constant, "lr": group["lr"],
+            log.write(json.dumps({"step": at["step"], "loss": loss, "constant": constant, "lr": group["lr"],
                                   "grad_norm": norm, "texts_per_s": round(speed, 1)}) + "\n")
             log.flush()
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
@@ -665,11 +763,14 @@ def train(config, targets=None, on_step=None):
                 disk.save_state(out, config, model, optimizer, **at)
     if at["step"] < config.steps:
         raise KeyboardInterrupt(f"stopped after step {at['step']}: add --resume to the same command to go on")
-    model = model.cpu().float().merge_and_unload() if rank else model
+    embedder.model = (model.merge_and_unload() if rank else model).float()
+    if config.whitening:                                               # 4 C texts: enough to know C directions
+        some = order_of_texts(config.seed, 0, len(lengths))[:4 * H.weight.shape[1]]
+        embedder.W = whiten(embedder.pooled([tokens.text(n) for n in some]), config.whitening)
     last = (out / "log.jsonl").read_text().splitlines()                # texts of like length go in runs of 16
-    return finish(config, model, tok, before, t0 - begun["seconds"],
+    return finish(config, embedder, before, t0 - begun["seconds"],
                   loss=np.mean([json.loads(line)["loss"] for line in last[-16:]]).item(),
-                  constant=q.constant, texts=len(lengths), texts_seen=config.steps * B,
+                  constant=constant, texts=len(lengths), texts_seen=config.steps * B, device=device,
                   corpus_hash=tokens.hash, padding=round(1 - at["read"] / at["cells"], 4))
 
 
@@ -678,21 +779,21 @@ EXAMPLES = ["A dog runs after a ball in the park.", "The bank raised its interes
             "How do I reset my password?", "She plays the violin in a small orchestra."]
 
 
-def finish(config, model, tok, before, t0, loss=None, **facts):
+def finish(config, embedder, before, t0, loss=None, **facts):
     """Write the checkpoint, and show what was learned: the tokens that a text lights up, before and after."""
     from importlib.metadata import version
-    after = Embedder(model, tok, config.pooling, config.max_length).tokens(EXAMPLES, 8)
+    embedder.model.cpu()
+    after = embedder.tokens(EXAMPLES, 8)
     used = dataclasses.asdict(config)
     given = [f"{flag(k)} {v}" for k, v in used.items()
              if v != Config.__dataclass_fields__[k].default and k != "resume"]
     facts = {"command": " ".join(["python t2t.py", *given]), "loss": loss, **facts, "config": used,
-             "seconds": round(time.time() - t0, 1), "device": str(model.device),
-             "threads": torch.get_num_threads(),
+             "seconds": round(time.time() - t0, 1), "threads": torch.get_num_threads(),
              "versions": {p: version(p) for p in ("torch", "transformers", "peft", "tokenizers", "numpy")},
              "ours": ["tf-idf weights", "first piece of a split word"] * (config.method in ("data", "both"))
              + ["log p minus its mean over the corpus"] * (config.method in ("model", "both"))
              + ["frozen head", "loss at single tokens", "every hyper-parameter"] * (config.method != "none")}
-    disk.save(Path(config.out), model, tok, head(model), config, facts)
+    disk.save(Path(config.out), embedder, head(embedder.model), config, facts)
     print()
     line = lambda row: "  ".join(token for token, _ in row)
     for text, old, new in zip(EXAMPLES, before, after):

@@ -232,11 +232,11 @@ def test_one_file_of_weights(checkpoint, backbone):
 def test_sparse_encoder_reads_the_head(checkpoint):
     from sentence_transformers import SparseEncoder
     text = "The wolf follows the goat in the desert."
-    sparse = SparseEncoder(str(checkpoint / "sparse"), device="cpu")
+    e, sparse = Embedder.load(checkpoint), SparseEncoder(str(checkpoint / "sparse"), device="cpu")
     z = sparse.encode([text]).to_dense()[0].cpu()
     assert (z > 0).sum() <= 8                                        # top_k of the run
     W = weights(checkpoint)["lm_head.weight"]
-    logits = (W - W.mean(0)) @ torch.from_numpy(Embedder.load(checkpoint).encode([text])[0])
+    logits = (W - W.mean(0)) @ torch.from_numpy(e.pooled(e.ids([text]))[0])
     top = logits.topk(8)
     want = torch.zeros_like(z).scatter_(0, top.indices, top.values.clamp_min(0))
     assert_close(z, want, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,246 @@
+"""The contest: token targets against contrastive learning, on one backbone, the same texts and the same number of them.
+
+    python results/contest.py --data-dir DIR                         # all cells, three seeds; resumes
+    python results/contest.py --data-dir DIR --cells data --seeds 1  # one cell of the table again
+    python results/contest.py --data-dir DIR --tune                  # the trials on validation splits
+
+A trained cell is one call of t2t.train; `init` names the cell whose checkpoint it starts from. An untrained cell is
+a reading of results/readings.py. Every vector is scored twice: as it is, and whitened (t2t.whiten, from 2,048
+texts of the corpus) -- so no method wins by what could be done to all of them. Tests splits are scored once, with the
+settings that --tune found; it looks at STSBenchmark validation and Banking77 train only, and gives every method
+the same number of trials. Cells are kept in --runs, tables in results/contest-CORPUS.json and .md.
+"""
+import argparse
+import gzip
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "results")]
+
+import mteb  # noqa: E402
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from readings import Reading, readings  # noqa: E402
+from scipy.stats import spearmanr  # noqa: E402
+
+import eval as evaluation  # noqa: E402
+import t2t  # noqa: E402
+
+STS = ["STS12", "STS13", "STSBenchmark"]
+CONTRAST = dict(method="simcse", batch_size=128, lr=3e-4)
+PREDICT = dict(method="mntp", batch_size=32, lr=1e-3)
+TARGET = dict(method="data", batch_size=32, lr=1.5e-3)
+CELLS = {                                              # name -> settings that differ from t2t.Config's
+    "simcse": CONTRAST,
+    "mntp": PREDICT,
+    "mntp, simcse": CONTRAST | dict(init="mntp"),      # LLM2Vec's unsupervised recipe
+    "data": TARGET,
+    "model": TARGET | dict(method="model"),
+    "both": TARGET | dict(method="both"),
+    "data, model": TARGET | dict(method="model", init="data"),
+    "data, causal": TARGET | dict(attention="causal"),
+    "data, last": TARGET | dict(pooling="last"),
+    "data, causal, last": TARGET | dict(attention="causal", pooling="last"),
+    "simcse, causal": CONTRAST | dict(attention="causal"),
+    # one change at a time
+    "data, no dropout": TARGET | dict(dropout=0.0),
+    "data, no single tokens": TARGET | dict(token_loss=0.0),
+}
+TRIALS = {                                             # five each; the best of them stands above
+    "simcse": [dict(lr=1e-4), dict(lr=3e-4), dict(lr=1e-3), dict(dropout=0.1), dict(temperature=2.0)],
+    "mntp": [dict(lr=3e-4), dict(lr=1e-3), dict(lr=2e-3), dict(dropout=0.4), dict(dropout=0.8)],
+    "data": [dict(lr=7e-4), dict(lr=1.5e-3), dict(lr=3e-3), dict(temperature=0.5), dict(dropout=0.0)],
+    "model": [dict(lr=7e-4), dict(lr=1.5e-3), dict(lr=3e-3), dict(temperature=0.5), dict(dropout=0.0)],
+}
+BASE = {"simcse": CONTRAST, "mntp": PREDICT, "data": TARGET, "model": TARGET | dict(method="model")}
+CLAIMS = [("data", "simcse"), ("data", "mntp, simcse"), ("both", "mntp, simcse"), ("data", "SIF"), ("data", "tf-idf"),
+          ("data", "model"), ("data", "both"), ("data", "data, model"), ("data", "data, causal"), ("data", "data, last"),
+          ("data", "data, no dropout"), ("data", "data, no single tokens")]
+
+
+# ------------------------------------------------------------------------------------------------- one cell
+def place(name, seed, a):
+    return Path(a.runs) / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}"
+
+
+def train(name, settings, seed, a, stages=CELLS):
+    """The Embedder of a cell, trained unless it stands in --runs."""
+    folder = place(name, seed, a)
+    if not (folder / "t2t.json").exists():
+        settings = dict(settings)
+        if "init" in settings:
+            before = settings["init"]
+            train(before, stages[before], seed, a)
+            settings["init"] = str(place(before, seed, a))
+        resume = (folder / "state" / "last.pt").exists()
+        t2t.train(t2t.Config(backbone=a.backbone, corpus=a.corpus, out=str(folder), seed=seed, resume=resume,
+                             steps=a.texts // settings["batch_size"], save_every=100, **settings))
+    return t2t.Embedder.load(folder), folder
+
+
+def whitened(read, W):
+    return lambda texts: read(texts) @ W
+
+
+def once(read):
+    """read, each text once: both columns and all tasks share vectors."""
+    kept = {}
+
+    def reading(texts):
+        new = list(dict.fromkeys(t for t in texts if t not in kept))
+        kept.update(zip(new, read(new).astype(np.float32) if new else ()))
+        return np.stack([kept[t] for t in texts])
+    return reading
+
+
+def cosines(read, one, two):
+    x, y = (v / np.maximum(np.linalg.norm(v, axis=1, keepdims=True), 1e-9) for v in (read(one), read(two)))
+    return (x * y).sum(1)
+
+
+def score(read, tasks):
+    """-> {task: main score x 100}, {STS task: (cosines, gold)}: the items that the bootstrap draws from"""
+    scores, items = {}, {}
+    for task in tasks:
+        name = task.metadata.name
+        task.load_data()
+        if name in STS:                                # as mteb does it (tests/test_contest.py), items kept
+            rows = task.dataset["test"]
+            gold = np.array(rows["score"], np.float32)
+            items[name] = cosines(read, rows["sentence1"], rows["sentence2"]), gold
+            scores[name] = 100 * spearmanr(*items[name]).statistic
+        else:
+            found = mteb.evaluate(Reading("cell", read), [task], cache=None, co2_tracker=False, show_progress_bar=False)
+            scores[name] = 100 * found.task_results[0].get_score()
+        task.unload_data()
+    return {k: round(float(v), 2) for k, v in scores.items()}, items
+
+
+def cell(name, seed, tasks, a, untrained, some):
+    """Scores of a cell, from --runs where they stand."""
+    file = place(name, seed, a).with_suffix(".npz")
+    kept = json.loads(str(np.load(file)["facts"])) if file.exists() else {"scores": {}}
+    missing = [t for t in tasks if t.metadata.name not in kept["scores"].get("as it is", {})]
+    if not missing:
+        return
+    t0, facts = time.time(), {}
+    if name in untrained:
+        read = once(untrained[name])
+        W = None if name == "tf-idf" else t2t.whiten(read(some), t2t.Config.whitening)   # V dimensions: no
+    else:
+        embedder, folder = train(name, CELLS[name], seed, a)
+        made = json.loads((folder / "t2t.json").read_text())
+        facts = {k: made[k] for k in ("command", "loss", "constant", "texts_seen", "seconds", "versions", "corpus_hash")}
+        read, W = once(lambda texts: embedder.pooled(embedder.ids(texts))), embedder.W
+    arrays = dict(np.load(file)) if file.exists() else {}
+    for how, reading in [("as it is", read)] + [("whitened", whitened(read, W))] * (W is not None):
+        scores, items = score(reading, missing)
+        kept["scores"].setdefault(how, {}).update(scores)
+        arrays |= {f"{how}/{t}": np.stack(x).astype(np.float32) for t, x in items.items()}
+        print(f"{name} (seed {seed}), {how}:", scores, flush=True)
+    kept |= facts | {"evaluation_seconds": round(time.time() - t0)}
+    beside = file.with_suffix(".new.npz")
+    np.savez_compressed(beside, **arrays | {"facts": json.dumps(kept)})
+    beside.rename(file)
+
+
+# --------------------------------------------------------------------------------------------------- tuning
+def validation(read, data_dir):
+    """STSBenchmark validation (Spearman) and Banking77 train (8 texts a label against 12 others), x 100"""
+    rows = lambda path: [json.loads(line) for line in gzip.open(Path(data_dir, "mteb", path), "rt")]
+    pairs, bank = rows("stsbenchmark-sts/validation.jsonl.gz"), {}
+    sts = 100 * spearmanr(cosines(read, [r["sentence1"] for r in pairs], [r["sentence2"] for r in pairs]),
+                          [r["score"] for r in pairs]).statistic
+    shuffled = rows("banking77/train.jsonl.gz")
+    np.random.default_rng(0).shuffle(shuffled)
+    for r in shuffled:
+        bank.setdefault(r["label"], []).append(r["text"])
+    from sklearn.linear_model import LogisticRegression
+    X, y = zip(*[(t, k) for k, texts in bank.items() for t in texts[:20]])
+    X, first = read(list(X)), np.arange(len(X)) % 20 < 8
+    X = X / np.maximum(np.linalg.norm(X, axis=1, keepdims=True), 1e-9)
+    X, y = (X - X[first].mean(0)) / X.std(), np.array(y)
+    fit = LogisticRegression(max_iter=200).fit(X[first], y[first])
+    return {"STSBenchmark validation": round(sts, 2), "Banking77 train": round(100 * fit.score(X[~first], y[~first]), 2)}
+
+
+def tune(a):
+    """Each method's five trials; mntp is judged by what simcse makes of it."""
+    file = Path(a.runs) / "trials.jsonl"
+    done = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    for method in a.cells or TRIALS:
+        for n, trial in enumerate(TRIALS[method]):
+            if any(d["method"] == method and d["trial"] == trial for d in done):
+                continue
+            t0, stage = time.time(), f"trial-{method}-{n}"
+            embedder, folder = train(stage, BASE[method] | trial, a.seeds[0], a)
+            if method == "mntp":
+                embedder, folder = train(f"{stage}-simcse", CONTRAST | dict(init=stage), a.seeds[0], a, {stage: {}})
+            read = once(lambda texts: embedder.pooled(embedder.ids(texts)))
+            row = {"method": method, "trial": trial, "texts": a.texts, "as it is": validation(read, a.data_dir),
+                   "whitened": validation(whitened(read, embedder.W), a.data_dir), "seconds": round(time.time() - t0)}
+            with open(file, "a") as f:
+                f.write(json.dumps(row) + "\n")
+            print(row, flush=True)
+            if method != "mntp":
+                shutil.rmtree(folder)
+
+
+# ---------------------------------------------------------------------------------------------------- tables
+def bootstrap(one, two, draws=1000):
+    """Paired bootstrap over the pairs of each STS task of mean Spearman(one) - mean Spearman(two), x 100.
+
+    one, two: for each seed {task: (2,n) cosines and gold}; the mean over seeds is compared. -> mean, 2.5 %, 97.5 %"""
+    rng, diffs = np.random.default_rng(0), []
+    mean = lambda runs, rows: np.mean([spearmanr(*run[t][:, rows[t]]).statistic for run in runs for t in STS])
+    full = {t: np.arange(one[0][t].shape[1]) for t in STS}
+    for _ in range(draws):
+        rows = {t: rng.integers(0, len(n), len(n)) for t, n in full.items()}
+        diffs.append(mean(one, rows) - mean(two, rows))
+    low, high = np.percentile(diffs, [2.5, 97.5])
+    return [round(100 * float(x), 2) for x in (mean(one, full) - mean(two, full), low, high)]
+
+
+def report(a):
+    files = {}
+    for file in sorted(Path(a.runs).glob("*.npz")):
+        facts = json.loads(str(np.load(file)["facts"]))
+        files.setdefault(file.stem.rsplit("-", 1)[0], []).append((facts, dict(np.load(file))))
+    return files
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p.add_argument("--data-dir", required=True)
+    p.add_argument("--corpus", default="docstrings")
+    p.add_argument("--backbone", default="tiny")
+    p.add_argument("--runs", default=str(ROOT / "runs" / "contest"))
+    p.add_argument("--cells", nargs="+")
+    p.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
+    p.add_argument("--texts", type=int, default=32000)
+    p.add_argument("--tasks", nargs="+", default=[*STS, "Banking77Classification"])
+    p.add_argument("--tune", action="store_true")
+    a = p.parse_args()
+    Path(a.runs).mkdir(parents=True, exist_ok=True)
+    if a.tune:
+        return tune(a)
+    model, tok = t2t.load_backbone(a.backbone, "causal")
+    words = t2t.read_vocabulary(tok, len(t2t.head(model).weight))
+    tokens = t2t.read_tokens(a.corpus, tok, 128, len(words.canon), lambda *x: t2t.find_words(words, *x), words.hash)
+    some = [tok.decode(tokens.text(n).tolist(), skip_special_tokens=True)
+            for n in t2t.order_of_texts(0, 0, len(tokens.start) - 1)[:2048]]
+    untrained = readings(a.backbone, a.corpus)
+    tasks = [evaluation.localize(t, a.data_dir) for t in evaluation.pick(a.tasks)]
+    for n, seed in enumerate(a.seeds):
+        for name in a.cells or [*untrained, *CELLS]:
+            if n == 0 or name not in untrained:        # a reading has no seed
+                cell(name, seed, tasks, a, untrained, some)
+    report(a)
+
+
+if __name__ == "__main__":
+    main()
