@@ -3,6 +3,7 @@
     python eval.py ckpt                                   # 41 tasks, data from the hub: hours on a CPU
     python eval.py ckpt tiny --tasks STSBenchmark STS12   # two models on two tasks: minutes
     python eval.py ckpt --tasks STS12 --data-dir DIR      # no network: data in DIR/<hub dataset path>/
+    python eval.py ckpt --sparse                          # its sparse vectors against dense, BM25, fusions
 
 CKPT is a sentence-transformers folder, a bare causal LM (read as it is: causal, mean over tokens) or a hub
 id; all in float32. Scores are filed in --out under a hash of what is in the folder: a retrained checkpoint
@@ -255,11 +256,17 @@ def main(argv=None):
     parser.add_argument("--out", metavar="DIR", default="results/mteb", help="default: %(default)s")
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="default: %(default)s")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--sparse", action="store_true", help="compare sparse, dense and BM25 (retrieval.py)")
     args = parser.parse_args(argv)
     try:
         if args.batch_size < 1:
             raise Error(f"expected a positive number for --batch-size, got {args.batch_size}; try 32")
-        table = evaluate(**vars(args), command=shlex.join(["python", "eval.py", *(argv or sys.argv[1:])]))
+        options = vars(args) | {"command": shlex.join(["python", "eval.py", *(argv or sys.argv[1:])])}
+        if options.pop("sparse"):
+            import retrieval
+            print(retrieval.evaluate(**options), end="")
+            return 0
+        table = evaluate(**options)
     except Error as error:
         parser.error(error)
     except KeyboardInterrupt:

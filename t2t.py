@@ -52,9 +52,9 @@ class Config:
     temperature: float = setting(1.0, "of the target distribution: lower is sharper (simcse: of cosines, x 0.05)")
     dropout: float = setting(-1.0, "of input tokens (simcse: of attention; mntp: tokens masked; -1: see DROPOUT)")
     max_length: int = setting(128, "tokens of a text that the model sees")
-    batch_size: int = setting(128, "texts a step")
+    batch_size: int = setting(64, "texts a step")
     micro_batch: int = setting(32, "texts on the device at a time, the same gradient (0: the whole batch)")
-    steps: int = setting(110, "optimiser steps")
+    steps: int = setting(220, "optimiser steps")
     lr: float = setting(0.0, "peak learning rate (0: 2e-3 for all weights, 2e-4 for adapters)")
     whitening: float = setting(0.75, "power by which the spectrum of the finished embeddings is made flat (0: not)")
     token_loss: float = setting(1.0, "weight of the loss at single tokens (0: none)")
@@ -594,8 +594,8 @@ def predict_targets(read, batch, H, impl, indices, probs, token_loss, canon):
         yield L.detach(), L + single
 
 
-def single_tokens(x, ids, mask, canon, H, impl, a_text=4):
-    """The same loss where text and target are one token: x_t predicts token t, at up to four places a text.
+def single_tokens(x, ids, mask, canon, H, impl, a_text=8):
+    """The same loss where text and target are one token: x_t predicts token t, at up to eight places a text.
 
     OURS: the mean of many states can fit a text's targets while each single state forgets its word; such
     embeddings know the topic and lose the words. x (B,T,C), ids and mask (B,T), canon (V,) -> (), a sum."""

@@ -1,0 +1,178 @@
+"""python eval.py CKPT --sparse: what the sparse vectors of a checkpoint are worth, beside its dense ones and BM25.
+
+Sparse vectors are read through the head: the K words that stand furthest above the average, weighted (CKPT/sparse,
+a SparseEncoder). They are searched as BM25 is: a document is a row of a compressed sparse matrix over words. Rankings are
+also fused by rank alone, score(d) = sum over rankings of 1 / (60 + rank of d), so nothing is tuned.
+"""
+import json
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+from scipy.sparse import csr_matrix
+
+TASKS = ["SciFact", "LIMITSmallRetrieval", "STS12", "STS13", "STSBenchmark"]
+DEPTH = 1000                                           # of the rankings that are fused
+
+
+class Store:
+    """Documents of one task, searched exactly and in memory; dense (N,C), or sparse (N,V) as mteb hands them over."""
+
+    def __init__(self):
+        self.docs, self.seconds = None, 0.0
+
+    def add_documents(self, embeddings, ids):
+        self.docs = matrix(embeddings)
+        self.bytes = sum(a.nbytes for a in (self.docs.data, self.docs.indices, self.docs.indptr)) if sparse(
+            self.docs) else self.docs.nbytes
+        self.nonzeros = (self.docs.nnz if sparse(self.docs) else self.docs.size) / self.docs.shape[0]
+
+    def search(self, queries, top_k, similarity_fn, top_ranked=None, query_idx_to_id=None):
+        q, t0 = matrix(queries), time.perf_counter()
+        scores = q @ self.docs.T
+        scores = scores.toarray() if sparse(scores) else scores
+        top = np.argsort(-scores, axis=1, kind="stable")[:, :top_k]
+        self.seconds = time.perf_counter() - t0
+        return np.take_along_axis(scores, top, 1).tolist(), top.tolist()
+
+    def clear(self):
+        self.docs = None
+
+
+def sparse(m):
+    return isinstance(m, csr_matrix)
+
+
+def matrix(x):
+    """A torch or numpy matrix -> unit rows (N,C), or, if sparse, CSR (N,V) as it is: one is for cosine, one for dot."""
+    if getattr(x, "is_sparse", False):
+        x = x.coalesce().cpu()
+        return csr_matrix((x.values().numpy(), x.indices().numpy()), shape=tuple(x.shape))
+    x = np.asarray(x, np.float32)
+    return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+
+
+class Remembering:
+    """A search model of mteb that remembers its rankings, for fusion, and how long a query took."""
+
+    def __init__(self, inner, store=None):
+        self.inner, self.store, self.mteb_model_meta = inner, store, inner.mteb_model_meta
+
+    def index(self, corpus, **settings):
+        self.inner.index(corpus, **settings)
+
+    def search(self, queries, **settings):
+        t0 = time.perf_counter()
+        self.rankings = self.inner.search(queries, **settings | {"top_k": DEPTH})
+        total, n = time.perf_counter() - t0, len(queries)
+        searching = self.store.seconds if self.store else total
+        self.cost = {"ms to encode a query": round(1000 * (total - searching) / n, 3) if self.store else None,
+                     "ms to search": round(1000 * searching / n, 3)}
+        if self.store:
+            self.cost |= {"non-zeros a document": round(self.store.nonzeros, 1), "index MB": round(self.store.bytes / 1e6, 2)}
+        return self.rankings
+
+
+class Fusion:
+    """Rankings of others, fused: for each document the sum of 1 / (60 + rank), as in Cormack and others 2009."""
+
+    def __init__(self, name, parts):
+        from mteb.models import ModelMeta
+        self.parts, self.mteb_model_meta = parts, ModelMeta.create_empty({"name": f"fused/{name}", "revision": "1"})
+
+    def index(self, corpus, **_):
+        pass
+
+    def search(self, queries, top_k, **_):
+        fused = {}
+        for query in queries["id"]:
+            scores = fused[query] = {}
+            for part in self.parts:
+                # a document without a word in common is not ranked: BM25 and the sparse vectors give it 0
+                found = [d for d, s in sorted(part.rankings[query].items(), key=lambda x: (-x[1], x[0])) if s > 0]
+                for rank, document in enumerate(found, 1):
+                    scores[document] = scores.get(document, 0) + 1 / (60 + rank)
+        return fused
+
+
+def compare(path, tasks, batch_size, device):
+    """Scores x 100 of dense, sparse, BM25 and their fusions on loaded mteb tasks -> {row: {column: value}}"""
+    import mteb
+    from mteb.models import SearchEncoderWrapper, SentenceTransformerEncoderWrapper, SparseEncoderWrapper
+    from sentence_transformers import SparseEncoder
+
+    import eval as evaluation
+    folder = Path(path, "sparse")
+    if not (folder / "modules.json").is_file():
+        raise evaluation.Error(f"expected CKPT/sparse for --sparse, found none in {path}; train it with t2t.py")
+    encoders = {"dense": SentenceTransformerEncoderWrapper(evaluation.load(path, device)),
+                "sparse": SparseEncoderWrapper(SparseEncoder(str(folder), device=None if device == "auto" else device))}
+    table, options = {}, {"batch_size": batch_size, "show_progress_bar": False}
+
+    def score(name, model, task):
+        got = mteb.evaluate(model, [task], cache=None, encode_kwargs=options, co2_tracker=False, show_progress_bar=False)
+        table.setdefault(name, {})[task.metadata.name] = round(100 * got.task_results[0].get_score(), 2)
+
+    for task in tasks:
+        task.load_data()
+        if task.metadata.type != "Retrieval":
+            for name, encoder in encoders.items():
+                score(name, encoder, task)
+            continue
+        ranked = {}
+        for name, encoder in encoders.items():
+            store = Store()
+            ranked[name] = Remembering(SearchEncoderWrapper(encoder, index_backend=store), store)
+        ranked["BM25"] = Remembering(mteb.get_model("mteb/baseline-bm25s"))
+        for name, model in ranked.items():
+            score(name, model, task)
+            table[name].setdefault("cost", {})[task.metadata.name] = model.cost
+        for names in (["dense", "sparse"], ["dense", "BM25"], ["sparse", "BM25"], ["dense", "sparse", "BM25"]):
+            score(" + ".join(names), Fusion("-".join(names), [ranked[n] for n in names]), task)
+        task.unload_data()
+    return table
+
+
+def render(table, tasks):
+    """Markdown; costs are of the first retrieval task."""
+    costs = ["non-zeros a document", "index MB", "ms to encode a query", "ms to search"]
+    first = next((t for t in tasks if t in table["dense"].get("cost", {})), None)
+    lines = ["| | " + " | ".join([*tasks, *costs * bool(first)]) + " |", "|---|" + "---:|" * (len(tasks) + 4 * bool(first))]
+    for name, row in table.items():
+        cost = row.get("cost", {}).get(first, {})
+        show = [f"{row[t]:.2f}" if t in row else "" for t in tasks] + [
+            "" if cost.get(c) is None else f"{cost[c]:g}" for c in costs * bool(first)]
+        lines.append(f"| {name} | " + " | ".join(show) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def evaluate(paths, tasks=None, data_dir=None, out="results/mteb", batch_size=32, device="auto", command=""):
+    """The table of each checkpoint; also written to OUT/sparse-NAME.json and .md."""
+    if data_dir:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    from importlib.metadata import version
+
+    import torch
+
+    import eval as evaluation
+    if data_dir and not Path(data_dir).is_dir():
+        raise evaluation.Error(f"expected a folder for --data-dir, got {data_dir}; check the path")
+    text, Path_out = "", Path(out)
+    Path_out.mkdir(parents=True, exist_ok=True)
+    for path in paths:
+        evaluation.find(path)
+        chosen = evaluation.pick(tasks or TASKS)
+        chosen = [evaluation.localize(t, data_dir) if data_dir else t for t in chosen]
+        t0, name = time.time(), Path(path).resolve().name
+        table = compare(path, chosen, batch_size, device)
+        facts = {"command": command, "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()), "rows": table,
+                 "seconds": round(time.time() - t0, 1), "threads": torch.get_num_threads(),
+                 "versions": {p: version(p) for p in ("mteb", "torch", "sentence-transformers", "bm25s")}}
+        page = f"{name}, scores x 100\n\n{render(table, [t.metadata.name for t in chosen])}"
+        for suffix, content in ((".json", json.dumps(facts, indent=1) + "\n"), (".md", page)):
+            beside = Path_out / f"sparse-{name}{suffix}.partial"
+            beside.write_text(content, "utf-8")
+            os.replace(beside, beside.with_suffix(""))
+        text += page
+    return text
