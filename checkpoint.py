@@ -120,7 +120,7 @@ def read_model(name, causal, dtype, option):
 
 
 # ------------------------------------------------------------------------------------ the finished checkpoint
-def save(out, embedder, head, config, facts):
+def save(out, embedder, config, facts):
     """Write the whole checkpoint beside OUT, then put it in OUT's place."""
     new, aside = out.with_name(out.name + ".new"), out.with_name(out.name + ".old")
     for leftover in (new, aside):
@@ -129,13 +129,17 @@ def save(out, embedder, head, config, facts):
     embedder.model.float().save_pretrained(new)
     embedder.tok.save_pretrained(new)
     shared = [f for f in new.iterdir() if f.is_file()]            # weights, config and tokenizer
-    C = head.weight.shape[1]
     W = embedder.W
-    sentence_transformers_folder(new, config, C, "SentenceTransformer", [] if W is None else ["Dense"],
-                                 similarity_fn_name="cosine")
+    modules = [("Transformer", ""), ("Pooling", "1_Pooling"), ("Dense", "2_Dense")]
+    sentence_transformers_folder(new, config, "SentenceTransformer", modules[:2 if W is None else 3], "cosine")
+    (new / "1_Pooling").mkdir()
+    write_json(new / "1_Pooling" / "config.json", {
+        "word_embedding_dimension": embedder.word_head()[0].shape[1], "include_prompt": True,
+        "pooling_mode_cls_token": False, "pooling_mode_mean_tokens": config.pooling == "mean",
+        "pooling_mode_lasttoken": config.pooling == "last"})
     if W is not None:
         write_dense(new / "2_Dense", torch.from_numpy(W), None, "torch.nn.modules.linear.Identity")
-    sparse_folder(new / "sparse", shared, head, config, C)
+    sparse_folder(new / "sparse", shared, embedder.word_head(), config)
     write_json(new / "t2t.json", facts)
     (new / "README.md").write_text(card(config, facts))
     if (out / "log.jsonl").exists():
@@ -145,40 +149,37 @@ def save(out, embedder, head, config, facts):
     shutil.rmtree(aside)
 
 
-def sentence_transformers_folder(folder, config, C, model_type, extra=(), **settings):
-    """Transformer, Pooling and `extra` modules, under the old names, which every version in use can read."""
-    names, paths = ["Transformer", "Pooling", *extra], ["", "1_Pooling", "2_Dense"]
+def sentence_transformers_folder(folder, config, model_type, modules, similarity, **settings):
+    """What loads the modules, (class, folder) each, under the old names, which every version in use can read."""
+    package = {"SpladePooling": "sparse_encoder.models"}
     write_json(folder / "modules.json", [
-        {"idx": i, "name": str(i), "path": paths[i], "type": f"sentence_transformers.models.{name}"}
-        for i, name in enumerate(names)])
-    write_json(folder / "config_sentence_transformers.json", {"model_type": model_type, **settings})
+        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.{package.get(name, 'models')}.{name}"}
+        for i, (name, path) in enumerate(modules)])
+    write_json(folder / "config_sentence_transformers.json",
+               {"model_type": model_type, "similarity_fn_name": similarity, **settings})
     write_json(folder / "sentence_bert_config.json",
                {"max_seq_length": config.max_length, "do_lower_case": False})
-    (folder / "1_Pooling").mkdir()
-    write_json(folder / "1_Pooling" / "config.json", {
-        "word_embedding_dimension": C, "include_prompt": True, "pooling_mode_cls_token": False,
-        "pooling_mode_mean_tokens": config.pooling == "mean",
-        "pooling_mode_lasttoken": config.pooling == "last"})
 
 
-def sparse_folder(folder, shared, head, config, C):
-    """max(0, centred logits), the K largest. softmax ignores a constant added to every logit of a text, ReLU
-    does not: so the head loses its mean row, and what is left is how far a token stands above the average."""
+def sparse_folder(folder, shared, word_head, config):
+    """States, the head of words at each of them, the largest over places, the K largest: Embedder.sparse."""
     folder.mkdir()
     for f in shared:
         os.link(f, folder / f.name)
-    sentence_transformers_folder(folder, config, C, "SparseEncoder", ["Dense"], similarity_fn_name="dot",
-                                 max_active_dims=config.top_k)
-    bias = None if head.bias is None else head.bias - head.bias.mean()
-    write_dense(folder / "2_Dense", head.weight - head.weight.mean(0), bias, "torch.nn.modules.activation.ReLU")
+    modules = [("Transformer", ""), ("Dense", "1_Dense"), ("SpladePooling", "2_SpladePooling")]
+    sentence_transformers_folder(folder, config, "SparseEncoder", modules, "dot", max_active_dims=config.top_k)
+    write_dense(folder / "1_Dense", *word_head, "torch.nn.modules.linear.Identity", module_input_name="token_embeddings")
+    (folder / "2_SpladePooling").mkdir()
+    write_json(folder / "2_SpladePooling" / "config.json", {
+        "pooling_strategy": "max", "activation_function": "relu", "word_embedding_dimension": len(word_head[0])})
 
 
-def write_dense(folder, weight, bias, activation):
+def write_dense(folder, weight, bias, activation, **settings):
     from safetensors.torch import save_file
     folder.mkdir()
     write_json(folder / "config.json", {
         "in_features": weight.shape[1], "out_features": len(weight), "bias": bias is not None,
-        "activation_function": activation})
+        "activation_function": activation, **settings})
     dense = {"linear.weight": weight} | ({} if bias is None else {"linear.bias": bias})
     dense = {k: v.detach().float().cpu().contiguous() for k, v in dense.items()}
     save_file(dense, folder / "model.safetensors")

@@ -95,6 +95,8 @@ def checked(config):
             raise Error(f"{flag(f.name)}: expected {least[f.name]} or more, got {value}")
     if config.method == "both" and config.top_k < 2:
         raise Error(f"--top-k: expected 2 or more for both kinds of target, got {config.top_k}")
+    if config.method == "simcse" and config.batch_size < 2:
+        raise Error(f"--batch-size: expected 2 or more, texts to tell apart, got {config.batch_size}")
     if not 0 <= config.dropout < 1 and config.dropout != -1:
         raise Error(f"--dropout: expected a share from 0 to below 1, got {config.dropout}")
     if config.method in ("none", "simcse", "mntp") and config.show_targets:
@@ -410,6 +412,40 @@ class Embedder:
         p, i = torch.zeros_like(p).index_add_(1, fold, p).topk(k, 1)
         name = lambda v: words.text[v] or repr(self.tok.decode([v]))       # a space would show as nothing
         return [[(name(v), w) for v, w in zip(*row)] for row in zip(i.tolist(), p.tolist())]
+
+
+    def word_head(self):
+        """The head as sparse vectors use it: (V,C), (V,) or None. Rows lose their mean, since softmax ignores a
+        constant added to every logit of a text and ReLU does not; rows of what is no word are zero."""
+        H, words = head(self.model), self.words.canon == np.arange(len(self.words.canon))
+        word = torch.from_numpy(words).to(H.weight.device)
+        bias = None if H.bias is None else torch.where(word, H.bias - H.bias.mean(), 0) * H.scale
+        return torch.where(word[:, None], H.weight - H.weight.mean(0), 0) * H.scale, bias
+
+    @torch.no_grad()
+    def sparse(self, texts, k=64):
+        """list of N str -> (N,V): how strongly any place of a text lights up each word, the k largest, else 0:
+
+            s(v) = max_t log(1 + max(0, z_t(v) - mean_v z_t)),      z_t = head(x_t)
+
+        The vectors of SparseEncoder(folder/sparse). OURS: the maximum over places is SPLADE's (arXiv
+        2109.10086); the head of the pooled vector keeps a few topics and finds far less."""
+        out, (W, bias) = [], self.word_head()
+        for ids in self.ids(texts):
+            x, mask = pad([ids], self.tok.pad_token_id, self.model.device)
+            z = F.linear(states(self.model, x, mask)[0], W, bias) if ids else W.new_zeros(1, len(W))
+            top = z.relu().log1p().amax(0).topk(min(k, len(W)))
+            out.append(torch.zeros_like(z[0]).scatter_(0, top.indices, top.values))
+        return torch.stack(out).cpu()
+
+    def explain(self, a, b, k=64):
+        """Why are two texts alike? -> score, [(word, its part of the score)], largest first; the parts add up:
+
+            cos(s_a, s_b) = sum_v s_a(v) s_b(v) / (|s_a| |s_b|)"""
+        s = F.normalize(self.sparse([a, b], k), dim=1)
+        parts = s[0] * s[1]
+        order = parts.argsort(descending=True)[:int((parts > 0).sum())].tolist()
+        return parts.sum().item(), [(self.words.text[v], parts[v].item()) for v in order]
 
 
 def whiten(h, power, ridge=0.01):
@@ -793,7 +829,7 @@ def finish(config, embedder, before, t0, loss=None, **facts):
              "ours": ["tf-idf weights", "first piece of a split word"] * (config.method in ("data", "both"))
              + ["log p minus its mean over the corpus"] * (config.method in ("model", "both"))
              + ["frozen head", "loss at single tokens", "every hyper-parameter"] * (config.method != "none")}
-    disk.save(Path(config.out), embedder, head(embedder.model), config, facts)
+    disk.save(Path(config.out), embedder, config, facts)
     print()
     line = lambda row: "  ".join(token for token, _ in row)
     for text, old, new in zip(EXAMPLES, before, after):

@@ -55,7 +55,7 @@ def test_learning_rate_by_hand():
 
 # --------------------------------------------------------------------------------------------------- learning
 def test_it_learns_and_the_head_is_frozen(backbone, texts_file, tmp_path):
-    out = train(config(backbone, texts_file, tmp_path / "a", steps=600, lr=2e-2, token_loss=0.0))
+    out = train(config(backbone, texts_file, tmp_path / "a", steps=600, lr=2e-2, token_loss=0.0, dropout=0.0))
     facts = json.loads((Path(out) / "t2t.json").read_text())
     assert np.mean([r["loss"] for r in log(out)[-30:]]) < facts["constant"] - 0.3   # better than any constant
     before, after = weights(backbone), weights(out)
@@ -231,17 +231,31 @@ def test_one_file_of_weights(checkpoint, backbone):
 
 def test_sparse_encoder_reads_the_head(checkpoint):
     from sentence_transformers import SparseEncoder
-    text = "The wolf follows the goat in the desert."
+    texts = ["The wolf follows the goat in the desert.", "A bird.", *sentences(5)]
     e, sparse = Embedder.load(checkpoint), SparseEncoder(str(checkpoint / "sparse"), device="cpu")
-    z = sparse.encode([text]).to_dense()[0].cpu()
-    assert (z > 0).sum() <= 8                                        # top_k of the run
-    W = weights(checkpoint)["lm_head.weight"]
-    logits = (W - W.mean(0)) @ torch.from_numpy(e.pooled(e.ids([text]))[0])
-    top = logits.topk(8)
-    want = torch.zeros_like(z).scatter_(0, top.indices, top.values.clamp_min(0))
-    assert_close(z, want, rtol=1e-4, atol=1e-4)
-    words = {t.strip("\u0120").lower() for t, _ in sparse.decode(sparse.encode([text]), top_k=4)[0]}
-    assert words & {"wolf", "goat", "desert", "follows"}
+    z = sparse.encode(texts).to_dense().cpu()                        # in one batch, padded
+    assert (z > 0).sum(1).max() <= 8                                 # top_k of the run
+    assert_close(z, e.sparse(texts, 8), rtol=1e-4, atol=1e-4)
+    H, words = t2t.head(e.model).weight, e.words                     # the first text by hand, in float64
+    x = t2t.states(e.model, *t2t.pad(e.ids(texts[:1]), 0))[0].double()
+    own = (H.double() - H.double().mean(0)) * torch.from_numpy(words.canon == np.arange(len(H)))[:, None]
+    top = (x @ own.T).clamp_min(0).log1p().amax(0).topk(8)
+    assert_close(z[0].double(), torch.zeros(len(H)).double().scatter_(0, top.indices, top.values),
+                 rtol=1e-4, atol=1e-4)
+    found = {t.strip("\u0120").lower() for t, _ in sparse.decode(sparse.encode(texts[:1]), top_k=4)[0]}
+    assert found & {"wolf", "goat", "desert", "follows"}
+
+
+def test_explain_adds_up(checkpoint):
+    from sentence_transformers import SparseEncoder
+    e, (a, b) = Embedder.load(checkpoint), ("The wolf sees the goat.", "A goat hears the wolf.")
+    score, parts = e.explain(a, b, 8)
+    z = SparseEncoder(str(checkpoint / "sparse"), device="cpu").encode([a, b]).to_dense().cpu()
+    assert score == pytest.approx(torch.cosine_similarity(z[0], z[1], dim=0).item(), abs=1e-4)
+    assert score == pytest.approx(sum(p for _, p in parts), abs=1e-5)
+    assert {"wolf", "goat"} & {w for w, _ in parts} and [p for _, p in parts] == sorted((p for _, p in parts))[::-1]
+    assert e.explain(b, a, 8)[0] == pytest.approx(score, abs=1e-6)
+    assert e.explain(a, a)[0] == pytest.approx(1, abs=1e-5)
 
 
 def test_what_is_written_down(checkpoint):
@@ -257,7 +271,9 @@ def test_what_is_written_down(checkpoint):
     (["--batch-size", "-3"], "--batch-size: expected 1 or more"),
     (["--lr", "nan"], "--lr: expected 0 or more, got nan"),
     (["--temperature", "0"], "--temperature: expected"), (["--stesp", "3"], "unrecognized arguments"),
-    (["--method", "simcse"], "not built yet"), (["--impl", "fast"], "invalid choice")])
+    (["--method", "simcse", "--batch-size", "1"], "--batch-size: expected 2 or more"),
+    (["--dropout", "1"], "--dropout: expected a share from 0 to below 1"),
+    (["--method", "mntp", "--show-targets", "3"], "expected a method that has targets"), (["--impl", "fast"], "invalid choice")])
 def test_bad_arguments_end_at_once(args, says):
     t0 = time.time()
     run = cli(*args)

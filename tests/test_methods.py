@@ -1,0 +1,159 @@
+"""The baselines in the loop, input dropout, whitening: by hand, as invariants, and resumed bit for bit."""
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from test_train import Stop, config, log, weights
+from torch.testing import assert_close
+
+import t2t
+from corpus import Error
+from t2t import Embedder, train
+
+
+# --------------------------------------------------------------------------------------------------- simcse
+class Fixed(torch.nn.Module):
+    """A model whose one module claims attention dropout."""
+    def __init__(self):
+        super().__init__()
+        self.attention_dropout = 0.0
+
+
+def test_simcse_by_hand():
+    """Two texts at a right angle, read alike twice: cosines 1 and 0, so L = log(1 + exp(-1 / tau)); scale is free."""
+    h = torch.tensor([[3.0, 0.0], [0.0, 0.5]], requires_grad=True)
+    for parts in ([(0, 2)], [(0, 1), (1, 2)]):                       # in one part or two: the same loss
+        model = Fixed().eval()
+        [(shown, L)] = t2t.simcse(lambda a, b: (None, h[a:b]), parts, model, 0.3, 0.5)
+        assert_close(L, torch.tensor(math.log1p(math.exp(-2))), rtol=1e-6, atol=0)
+        assert shown == L.detach() and not model.training and model.attention_dropout == 0.3
+    other = iter([h, h.flip(0)])                                      # the second reading swapped: cosines 0 and 1
+    [(_, L)] = t2t.simcse(lambda *_: (None, next(other)), [(0, 2)], Fixed(), 0.3, 0.5)
+    assert_close(L, torch.tensor(math.log1p(math.exp(2))), rtol=1e-6, atol=0)
+
+
+def test_simcse_against_sentence_transformers():
+    from sentence_transformers.util import cos_sim
+    a, b = torch.randn(2, 7, 5).double()
+    reads = iter([a, b])
+    [(_, L)] = t2t.simcse(lambda *_: (None, next(reads)), [(0,)], Fixed(), 0.1, 0.05)
+    want = F.cross_entropy(cos_sim(a, b).float() * 20, torch.arange(7))
+    assert_close(L.float(), want, rtol=1e-4, atol=1e-5)
+
+
+def test_attention_dropout_is_on_only_inside(backbone):
+    model, tok = t2t.load_backbone(str(backbone), "bidirectional")
+    ids, mask = t2t.pad([[1, 40, 50, 60], [1, 70, 80]], 0)
+    seen = []
+
+    def read(ids, mask):
+        seen.append(t2t.states(model, ids, mask))
+        return seen[-1], t2t.pool(seen[-1], mask, "mean")
+    list(t2t.simcse(read, [(ids, mask)], model, 0.5, 0.05))
+    assert not torch.allclose(seen[0], seen[1])
+    assert_close(t2t.states(model, ids, mask), t2t.states(model, ids, mask), rtol=0, atol=0)
+    with pytest.raises(Error, match="attention dropout"):
+        list(t2t.simcse(read, [], torch.nn.ModuleList(), 0.1, 0.05) if False else
+             t2t.simcse(read, [], _without_dropout(), 0.1, 0.05))
+
+
+def _without_dropout():
+    model = torch.nn.Linear(1, 1)
+    model.config = type("config", (), {"model_type": "linear"})()
+    return model
+
+
+# ----------------------------------------------------------------------------------------------------- mntp
+def test_mntp_reads_the_state_before_the_gap():
+    """States that give away the token *after* each place: no loss. States that know each place itself: much."""
+    V, blank = 12, 11
+    ids = torch.tensor([[1, 5, 6, 7, 8, 2, 9], [1, 3, 4, 5, 0, 0, 0]])
+    mask = torch.tensor([[1] * 7, [1] * 4 + [0] * 3])
+    H, given = t2t.Head(torch.eye(V) * 50, None), []
+
+    def knows(shift):
+        def read(x, m):
+            given.append(x)
+            return F.one_hot(ids.roll(-shift, 1), V).float(), None
+        return read
+    torch.manual_seed(0)
+    [(shown, L)] = t2t.mntp(knows(1), [(ids, mask)], H, "torch", 0.5, blank)
+    hidden = given[0] != ids
+    assert 0 < hidden.sum() < mask.sum() and (given[0][hidden] == blank).all() and not (hidden & (mask == 0)).any()
+    assert_close(L, torch.tensor(0.0), atol=1e-6, rtol=0)
+    torch.manual_seed(0)
+    [(_, L)] = t2t.mntp(knows(0), [(ids, mask)], H, "torch", 0.5, blank)
+    assert L > 30                                                     # 50 minus what repeats by chance
+    torch.manual_seed(0)                                              # parts of a batch add up to the whole
+    assert sum(x for _, x in t2t.mntp(knows(0), [(ids, mask)], H, "torch", 0.5, blank)) == L
+
+
+# -------------------------------------------------------------------------------------------- input dropout
+def test_leave_out():
+    ids = np.arange(10_000)
+    assert t2t.leave_out(ids, 0.0) is not None and len(t2t.leave_out(ids, 0.0)) == 10_000
+    kept = t2t.leave_out(ids, 0.2)
+    assert 7_800 < len(kept) < 8_200 and (np.diff(kept) > 0).all()   # in order; 5 standard deviations
+    assert len(t2t.leave_out(ids[:1], 0.99)) == 1                     # never an empty text
+
+
+# ------------------------------------------------------------------------------------------------ whitening
+def test_whiten():
+    rng = np.random.default_rng(0)
+    h = (rng.normal(size=(500, 8)) * [9, 5, 3, 2, 1, 1, 0.5, 0.2] + 3).astype(np.float32)
+    u = h / np.linalg.norm(h, axis=1, keepdims=True)
+    before = np.linalg.eigvalsh(u.T @ u / 500)
+    for power in (0.0, 0.5, 1.0):
+        W = t2t.whiten(h, power, ridge=0.0)
+        assert W.dtype == np.float32
+        np.testing.assert_allclose(W, W.T, atol=1e-5)
+        after = np.linalg.eigvalsh((u @ W).T @ (u @ W) / 500)
+        np.testing.assert_allclose(after / after.mean(), before ** (1 - power) / (before ** (1 - power)).mean(),
+                                   rtol=1e-3)
+    np.testing.assert_allclose(t2t.whiten(h, 0.0), np.eye(8), atol=1e-6)
+    few = t2t.whiten(h[:3], 1.0)                                      # directions never seen: finite, by the ridge
+    assert np.isfinite(few).all()
+
+
+def test_whitening_is_in_the_folder(backbone, texts_file, tmp_path):
+    plain = Embedder.load(train(config(backbone, texts_file, tmp_path / "a", whitening=0.0)))
+    white = Embedder.load(train(config(backbone, texts_file, tmp_path / "b")))
+    assert plain.W is None and not (tmp_path / "a" / "2_Dense").exists()
+    texts = ["The dog eats.", "A horse hears the wolf in the garden."]
+    np.testing.assert_allclose(white.encode(texts), plain.encode(texts) @ white.W, rtol=1e-4, atol=1e-5)
+    tokens = [[t for t, _ in row] for row in plain.tokens(texts)]
+    assert tokens == [[t for t, _ in row] for row in white.tokens(texts)]   # the head reads h, not h W
+
+
+# ------------------------------------------------------------------------------------- the loop, for all methods
+@pytest.mark.parametrize("method", ["simcse", "mntp", "data"])
+def test_every_method_resumes_bit_for_bit(method, backbone, texts_file, tmp_path):
+    whole = config(backbone, texts_file, tmp_path / "whole", method=method)
+    train(whole)
+    part = config(backbone, texts_file, tmp_path / "part", method=method)
+
+    def stop(step, _):
+        torch.rand(3)                                                 # who watches may draw random numbers
+        if step == 5:
+            raise Stop
+    with pytest.raises(Stop):
+        train(part, on_step=stop)
+    train(config(backbone, texts_file, tmp_path / "part", method=method, resume=True))
+    for name, w in weights(tmp_path / "whole").items():
+        assert_close(weights(tmp_path / "part")[name], w, rtol=0, atol=0)
+    assert [r["loss"] for r in log(tmp_path / "whole")] == [r["loss"] for r in log(tmp_path / "part")]
+
+
+def test_baselines_learn_and_stack(backbone, texts_file, tmp_path):
+    """LLM2Vec's recipe: mntp, then simcse from its weights. Each loss falls below that of knowing nothing."""
+    first = train(config(backbone, texts_file, tmp_path / "mntp", method="mntp", steps=120, lr=1e-2))
+    facts = json.loads(Path(first, "t2t.json").read_text())
+    assert facts["loss"] < facts["constant"] - 0.2                    # the entropy of single tokens
+    second = train(config(backbone, texts_file, tmp_path / "both", method="simcse", init=first, lr=1e-3))
+    facts = json.loads(Path(second, "t2t.json").read_text())
+    assert facts["constant"] == pytest.approx(math.log(16)) and facts["loss"] < facts["constant"]
+    assert "--init" in facts["command"] and not facts["ours"][0].startswith("tf-idf")
