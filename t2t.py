@@ -124,8 +124,10 @@ from torch.utils.checkpoint import checkpoint as recomputed  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import checkpoint as disk  # noqa: E402
+from baselines import mntp, simcse  # noqa: E402
 from build_ext import choose, compiled  # noqa: E402
 from corpus import STOP, blocks, code, keep_targets, key, read_tokens, stamps, tokenize  # noqa: E402
+from ops import check_targets, merge, scatter_targets  # noqa: E402, F401
 
 
 # ---------------------------------------------------------------------------------------------------- 1. text
@@ -515,59 +517,10 @@ def linear_vocab_kl(hidden, weight, indices, probs, bias=None, reduction="mean",
     return reduce(loss, ((indices >= 0) & (probs > 0)).any(1), reduction)
 
 
-def scatter_targets(indices, probs, V=None, out=None, impl="auto", check=None):
-    """Sparse targets as dense rows: q (N,V) of the type of probs, or, added to `out` (N,V) in place, out."""
-    V = V if out is None else out.shape[1]
-    rows = probs.new_empty(len(probs), 0) if out is None else out
-    check_targets("out", rows, V, indices, probs, "none", impl, check)
-    if compiled(impl, probs.device.type):
-        if out is None:
-            return torch.ops.t2t.scatter_targets(indices, probs, V)
-        torch.ops.t2t.scatter_targets_(out, indices, probs)
-        return out
-    A = torch.float64 if rows.dtype == torch.float64 else torch.float32
-    q = torch.zeros(len(rows), V + 1, dtype=A, device=rows.device)     # column V takes what is padding
-    q = q.scatter_add_(1, indices.long().where(indices >= 0, V), probs.to(A))[:, :V]
-    return q.to(probs.dtype) if out is None else out.copy_(q.add_(out))
-
-
 def reduce(loss, valid, reduction):
     if reduction == "none":
         return loss
     return loss.sum() / (valid.sum().clamp_min(1) if reduction == "mean" else 1)
-
-
-def merge(indices, probs):
-    """(N,K), (N,K) -> the same targets, each index once a row, its p added up; freed places hold -1 and 0."""
-    i, order = indices.long().sort(1)
-    p = probs.masked_fill(indices < 0, 0).gather(1, order)
-    place = F.pad(i[:, 1:] != i[:, :-1], (1, 0)).cumsum(1)             # (N,K) distinct indices before this
-    return torch.full_like(i, -1).scatter_(1, place, i), torch.zeros_like(p).scatter_add_(1, place, p)
-
-
-def check_targets(name, rows, V, indices, probs, reduction, impl, check):
-    """ValueErrors that name the argument, what was expected and what came."""
-    op = {"logits": "vocab_kl", "hidden": "linear_vocab_kl", "out": "scatter_targets"}[name]
-
-    def expect(ok, what, expected, got):
-        if not ok:
-            raise ValueError(f"{op}: {what}: expected {expected}, got {got}")
-    expect(reduction in ("mean", "sum", "none"), "reduction", "mean, sum or none", reduction)
-    expect(impl in ("auto", "torch", "ext"), "impl", "auto, torch or ext", impl)
-    got = tuple(rows.shape), rows.dtype
-    expect(rows.ndim == 2 and rows.is_floating_point(), name, "a floating-point matrix", got)
-    shape, N = tuple(indices.shape), len(rows)
-    expect(indices.ndim == 2 and shape[0] == N and shape[1] > 0, "indices", f"({N}, K), K > 0", shape)
-    expect(indices.dtype in (torch.int32, torch.int64), "indices", "int32 or int64", indices.dtype)
-    expect(probs.shape == indices.shape, "probs", f"{shape}, as indices", tuple(probs.shape))
-    expect(probs.is_floating_point(), "probs", "a floating-point type", probs.dtype)
-    expect(not probs.requires_grad, "probs", "constants", "requires_grad=True")
-    check = rows.device.type == "cpu" and not torch.compiler.is_compiling() if check is None else check
-    if check and indices.numel():
-        low, high = (x.item() for x in indices.aminmax())
-        expect(-1 <= low and high < V, "indices", f"-1 to V - 1 = {V - 1}", f"{low} to {high}")
-        low, high = (x.item() for x in probs.aminmax())                # NaN is neither
-        expect(low >= 0 and high < math.inf, "probs", "finite and not negative", f"{low} to {high}")
 
 
 # ------------------------------------------------------------------------------------------------ 5. training
@@ -647,33 +600,9 @@ def token_nll(x, v, H, impl):
     return linear_vocab_kl(x, H.weight, v[:, None], one, H.bias, "sum", impl, False, H.scale, H.softcap)
 
 
-def simcse(read, batch, model, share, tau):
-    """Baseline: a text is nearest to itself. arXiv 2104.08821, with attention dropout as in arXiv 2404.05961:
-
-        L = -mean_b log softmax_b'(cos(h_b, h'_b') / tau)[b]      h, h': two readings under different dropout
-
-    Every text is told from all others of its batch, so the graph of the whole batch is held at once."""
-    attention = [m for m in model.modules() if hasattr(m, "attention_dropout")]
-    if not attention:
-        raise Error(f"--method simcse: expected a model with attention dropout, got {model.config.model_type}")
-    for m in attention:
-        m.attention_dropout, m.training = share, True
-    h, other = (F.normalize(torch.cat([read(*part)[1] for part in batch]).float(), dim=1) for _ in range(2))
-    for m in attention:
-        m.training = False
-    L = F.cross_entropy(h @ other.T / tau, torch.arange(len(h), device=h.device))
-    yield L.detach(), L
-
-
-def mntp(read, batch, H, impl, share, blank):
-    """Baseline: masked next-token prediction. Some tokens become `blank`; the state *before* such a place,
-    from which the pretrained model already predicts, tells what stood there. arXiv 2404.05961."""
-    hidden = [(torch.rand(ids.shape) < share).to(ids.device) & (mask > 0) for ids, mask in batch]
-    n = sum(m[:, 1:].sum() for m in hidden).clamp_min(1)
-    for (ids, mask), m in zip(batch, hidden):
-        x, b, t = read(ids.masked_fill(m, blank), mask)[0], *m[:, 1:].nonzero(as_tuple=True)
-        L = token_nll(x[b, t], ids[b, t + 1], H, impl) / n
-        yield L.detach(), L
+def entropy(counts):
+    p = counts[counts > 0] / counts.sum()
+    return -(p * np.log(p)).sum().item()
 
 
 def leave_out(ids, share):
@@ -681,11 +610,6 @@ def leave_out(ids, share):
     must be inferred from the others: half a step towards tokens *beyond* the text."""
     keep = torch.rand(len(ids)).numpy() >= share
     return ids[keep] if keep.any() else ids
-
-
-def entropy(counts):
-    p = counts[counts > 0] / counts.sum()
-    return -(p * np.log(p)).sum().item()
 
 
 def train(config, targets=None, on_step=None):
@@ -767,7 +691,7 @@ def train(config, targets=None, on_step=None):
             if contrast:
                 parts = simcse(read, batch, core, dropout, 0.05 * config.temperature)
             elif config.method == "mntp":
-                parts = mntp(read, batch, H, impl, dropout, blank)
+                parts = mntp(read, batch, functools.partial(token_nll, H=H, impl=impl), dropout, blank)
             else:
                 indices, probs = (torch.from_numpy(a[texts]).to(device) for a in (q.indices, q.probs))   # (B,K)
                 parts = predict_targets(read, batch, H, impl, indices, probs, config.token_loss, canon)

@@ -16,6 +16,7 @@ import json
 import shutil
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -26,10 +27,12 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from readings import Reading, readings  # noqa: E402
 from scipy.stats import spearmanr  # noqa: E402
+from scipy.stats import t as t_distribution  # noqa: E402
 
 import eval as evaluation  # noqa: E402
 import t2t  # noqa: E402
 
+READINGS = ["mean", "last", "prompt", "echo", "mean - PC", "head rows", "SIF", "tf-idf"]   # of results/readings.py
 STS = ["STS12", "STS13", "STSBenchmark"]
 CONTRAST = dict(method="simcse", batch_size=128, micro_batch=8, lr=3e-4)
 PREDICT = dict(method="mntp", batch_size=64, lr=1e-3)
@@ -123,7 +126,8 @@ def score(read, tasks):
 def cell(name, seed, tasks, a, untrained, some):
     """Scores of a cell, from --runs where they stand."""
     file = place(name, seed, a).with_suffix(".npz")
-    kept = json.loads(str(np.load(file)["facts"])) if file.exists() else {"scores": {}}
+    kept = json.loads(str(np.load(file)["facts"])) if file.exists() else {
+        "name": name, "seed": seed, "settings": CELLS.get(name), "texts": a.texts, "scores": {}}
     missing = [t for t in tasks if t.metadata.name not in kept["scores"].get("as it is", {})]
     if not missing:
         return
@@ -205,12 +209,57 @@ def bootstrap(one, two, draws=1000):
     return [round(100 * float(x), 2) for x in (mean(one, full) - mean(two, full), low, high)]
 
 
+def interval(values):
+    """mean and half the width of the 95 % interval of Student's t over seeds (None for one seed)"""
+    x = np.array(values, float)
+    half = t_distribution.ppf(0.975, len(x) - 1) * x.std(ddof=1) / len(x) ** 0.5 if len(x) > 1 else None
+    return round(float(x.mean()), 2), None if half is None else round(float(half), 2)
+
+
 def report(a):
-    files = {}
+    """results/contest-CORPUS.json and .md from all that stands in --runs"""
+    runs, order = {}, [*READINGS, *CELLS]
     for file in sorted(Path(a.runs).glob("*.npz")):
-        facts = json.loads(str(np.load(file)["facts"]))
-        files.setdefault(file.stem.rsplit("-", 1)[0], []).append((facts, dict(np.load(file))))
-    return files
+        arrays = dict(np.load(file))
+        runs.setdefault((facts := json.loads(str(arrays.pop("facts"))))["name"], []).append((facts, arrays))
+    table = {}
+    for name in sorted(runs, key=order.index):
+        row = table[name] = {"settings": CELLS.get(name, "a reading of the backbone"),
+                             "seeds": sorted(f["seed"] for f, _ in runs[name] if name in CELLS)}
+        for how in ("as it is", "whitened"):
+            scores = [f["scores"][how] for f, _ in runs[name] if how in f["scores"]]
+            if not scores:
+                continue
+            every = [dict(x) | ({"mean STS": np.mean([x[t] for t in STS])} if set(STS) <= set(x) else {}) for x in scores]
+            row[how] = {t: interval([x[t] for x in every if t in x]) for t in dict.fromkeys(k for x in every for k in x)}
+    claims = []
+    for one, two in CLAIMS:
+        for how in ("as it is", "whitened"):
+            items = lambda name: [{t: arrays[f"{h}/{t}"] for t in STS} for _, arrays in runs.get(name, [])
+                                  for h in [how if f"{how}/{STS[0]}" in arrays else "as it is"]]
+            if items(one) and items(two):
+                claims.append({"claim": f"{one} > {two}", "vectors": how, "mean STS": bootstrap(items(one), items(two)),
+                               "seeds": [len(items(one)), len(items(two))]})
+    trials = Path(a.runs) / "trials.jsonl"
+    facts = {"command": f"python results/contest.py --corpus {Path(a.corpus).name} --texts {a.texts} --data-dir DIR",
+             "texts a run": a.texts, "versions": {p: version(p) for p in ("torch", "transformers", "mteb", "scipy")},
+             "rows": table, "claims": claims,
+             "trials": [json.loads(x) for x in trials.read_text().splitlines()] if trials.exists() else []}
+    out = ROOT / "results" / f"contest-{Path(a.corpus).name}"
+    out.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n")
+    columns = [*STS, "mean STS", "Banking77Classification"]
+    text = [f"{a.texts:,} texts of {Path(a.corpus).name} a run; scores x 100, whitened vectors; mean and 95 % interval over seeds",
+            "", "| | seeds | " + " | ".join(columns) + " | mean STS as it is |", "|---|---:|" + "---:|" * (len(columns) + 1)]
+    show = lambda x: "" if x is None else f"{x[0]:.2f}" + ("" if x[1] is None else f" ± {x[1]:.2f}")
+    for name, row in table.items():
+        best = row.get("whitened", row["as it is"])
+        text.append(f"| {name} | {len(row['seeds']) or ''} | " + " | ".join(show(best.get(c)) for c in columns)
+                    + f" | {show(row['as it is'].get('mean STS'))} |")
+    text += ["", "| claim | vectors | seeds | difference of mean STS | 95 % of the bootstrap |", "|---|---|---|---:|---:|"]
+    text += [f"| {c['claim']} | {c['vectors']} | {c['seeds'][0]}, {c['seeds'][1]} | {c['mean STS'][0]:+.2f} | "
+             f"{c['mean STS'][1]:+.2f} to {c['mean STS'][2]:+.2f} |" for c in claims]
+    out.with_suffix(".md").write_text("\n".join(text) + "\n")
+    print("\n".join(text))
 
 
 def main():
@@ -236,10 +285,10 @@ def main():
     untrained = readings(a.backbone, a.corpus)
     tasks = [evaluation.localize(t, a.data_dir) for t in evaluation.pick(a.tasks)]
     for n, seed in enumerate(a.seeds):
-        for name in a.cells or [*untrained, *CELLS]:
+        for name in a.cells or [*READINGS, *CELLS]:
             if n == 0 or name not in untrained:        # a reading has no seed
                 cell(name, seed, tasks, a, untrained, some)
-    report(a)
+            report(a)
 
 
 if __name__ == "__main__":

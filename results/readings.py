@@ -1,8 +1,9 @@
-"""What a backbone is worth as an embedder before any training: five ways to read it, and two without a model.
+"""What a backbone is worth as an embedder before any training: six ways to read it, and two without a model.
 
     python results/readings.py --data-dir DIR [--backbone tiny] [--corpus docstrings] [--tasks NAME ...]
 
     mean, last         states of the causal model, averaged or the last one
+    echo               the text twice, the states of its second copy averaged (arXiv 2402.15449)
     prompt             the last state of: This text: "..." means in one word: "
     mean - PC          mean, without the first principal component of mean over 2,048 texts of the corpus
     head rows          mean of the rows of the head that belong to the text's tokens
@@ -67,6 +68,17 @@ def readings(backbone, corpus, max_length=128):
     def prompt(texts):
         return run([before + bare(t) + after for t in texts])[1]
 
+    @torch.no_grad()
+    def echo(texts):
+        out = np.zeros((len(texts), H.shape[1]), np.float32)
+        for n, text in enumerate(texts):
+            ids = t2t.tokenize(tok, [text], max_length)[0]
+            own = [i for i in ids if i not in special]
+            if own:
+                x = t2t.states(model, *t2t.pad([ids + own], tok.pad_token_id))
+                out[n] = x[0, -len(own):].mean(0).numpy()
+        return out
+
     def without_pc(read):
         pc = []
 
@@ -89,7 +101,7 @@ def readings(backbone, corpus, max_length=128):
             np.add.at(out[n], find(np.array(ids, int), [len(ids)])[1], 1)
         return out * idf
 
-    return {"mean": mean, "last": lambda texts: plain(tuple(texts))[1], "prompt": prompt,
+    return {"mean": mean, "last": lambda texts: plain(tuple(texts))[1], "prompt": prompt, "echo": echo,
             "mean - PC": without_pc(mean), "head rows": rows(np.ones(V)),
             "SIF": without_pc(rows(1e-3 / (1e-3 + frequency))), "tf-idf": tf_idf}
 

@@ -1,0 +1,38 @@
+"""The baselines, minimised by the loop of t2t.py in place of Text2Token's loss: simcse, and mntp before it, LLM2Vec's recipe.
+
+Generators as t2t.predict_targets is one: read(ids, mask) -> x (B,T,C), h (B,C); batch: its parts, (ids, mask) each.
+"""
+import torch
+import torch.nn.functional as F
+
+from corpus import Error
+
+
+def simcse(read, batch, model, share, tau):
+    """Baseline: a text is nearest to itself. arXiv 2104.08821, with attention dropout as in arXiv 2404.05961:
+
+        L = -mean_b log softmax_b'(cos(h_b, h'_b') / tau)[b]      h, h': two readings under different dropout
+
+    Every text is told from all others of its batch, so the graph of the whole batch is held at once."""
+    attention = [m for m in model.modules() if hasattr(m, "attention_dropout")]
+    if not attention:
+        raise Error(f"--method simcse: expected a model with attention dropout, got {model.config.model_type}")
+    for m in attention:
+        m.attention_dropout, m.training = share, True
+    h, other = (F.normalize(torch.cat([read(*part)[1] for part in batch]).float(), dim=1) for _ in range(2))
+    for m in attention:
+        m.training = False
+    L = F.cross_entropy(h @ other.T / tau, torch.arange(len(h), device=h.device))
+    yield L.detach(), L
+
+
+def mntp(read, batch, nll, share, blank):
+    """Baseline: masked next-token prediction. Some tokens become `blank`; the state *before* such a place,
+    from which the pretrained model already predicts, tells what stood there. arXiv 2404.05961.
+    nll(x (n,C), v (n,)) is -sum log softmax(head(x))[v]."""
+    hidden = [(torch.rand(ids.shape) < share).to(ids.device) & (mask > 0) for ids, mask in batch]
+    n = sum(m[:, 1:].sum() for m in hidden).clamp_min(1)
+    for (ids, mask), m in zip(batch, hidden):
+        x, b, t = read(ids.masked_fill(m, blank), mask)[0], *m[:, 1:].nonzero(as_tuple=True)
+        L = nll(x[b, t], ids[b, t + 1]) / n
+        yield L.detach(), L
