@@ -29,6 +29,7 @@ from readings import Reading, readings  # noqa: E402
 from scipy.stats import spearmanr  # noqa: E402
 from scipy.stats import t as t_distribution  # noqa: E402
 
+import analyze  # noqa: E402
 import eval as evaluation  # noqa: E402
 import t2t  # noqa: E402
 
@@ -36,7 +37,7 @@ READINGS = ["mean", "last", "prompt", "echo", "mean - PC", "head rows", "SIF", "
 STS = ["STS12", "STS13", "STSBenchmark"]
 CONTRAST = dict(method="simcse", batch_size=128, micro_batch=8, lr=3e-4)
 PREDICT = dict(method="mntp", batch_size=64, lr=1e-3)
-TARGET = dict(method="data", batch_size=64, lr=2e-3)
+TARGET = dict(method="data", batch_size=64, lr=1e-3)
 CELLS = {                                              # name -> settings that differ from t2t.Config's
     "simcse": CONTRAST,
     "mntp": PREDICT,
@@ -80,9 +81,34 @@ def train(name, settings, seed, a, stages=CELLS):
             train(before, stages[before], seed, a)
             settings["init"] = str(place(before, seed, a))
         resume = (folder / "state" / "last.pt").exists()
+        watch = curve(name, settings, a) if name in ("data", "simcse") and seed == a.seeds[0] else None
         t2t.train(t2t.Config(backbone=a.backbone, corpus=a.corpus, out=str(folder), seed=seed, resume=resume,
-                             steps=a.texts // settings["batch_size"], save_every=100, **settings))
+                             steps=a.texts // settings["batch_size"], save_every=100, **settings), on_step=watch)
     return t2t.Embedder.load(folder), folder
+
+
+def curve(name, settings, a, points=8):
+    """on_step of t2t.train: what analyze.py draws, and STSBenchmark validation, at nine moments -> NAME.curve.jsonl"""
+    file, every = Path(a.runs) / f"{name}.curve.jsonl", a.texts // settings["batch_size"] // points
+    model, tok = t2t.load_backbone(a.backbone, settings.get("attention", t2t.Config.attention))
+    before = t2t.Embedder(model, tok, t2t.Config.pooling, t2t.Config.max_length)
+    tokens = corpus_of(a, tok, len(t2t.head(model).weight))
+    ids = [i for i in map(tokens.text, t2t.order_of_texts(0, 0, len(tokens.start) - 1)) if len(i) >= 8][:300]
+
+    def watch(step, embedder):
+        if step % every == 0:
+            sts = validation(lambda texts: embedder.pooled(embedder.ids(texts)), a.data_dir, bank=False)
+            point = {"texts": step * settings["batch_size"]} | analyze.measure(embedder, ids) | sts
+            with open(file, "a") as f:
+                f.write(json.dumps(point) + "\n")
+    if not file.exists():
+        watch(0, before)
+    return watch
+
+
+def corpus_of(a, tok, V):
+    words = t2t.read_vocabulary(tok, V)
+    return t2t.read_tokens(a.corpus, tok, 128, V, lambda *x: t2t.find_words(words, *x), words.hash)
 
 
 def whitened(read, W):
@@ -153,18 +179,20 @@ def cell(name, seed, tasks, a, untrained, some):
 
 
 # --------------------------------------------------------------------------------------------------- tuning
-def validation(read, data_dir):
+def validation(read, data_dir, bank=True):
     """STSBenchmark validation (Spearman) and Banking77 train (8 texts a label against 12 others), x 100"""
     rows = lambda path: [json.loads(line) for line in gzip.open(Path(data_dir, "mteb", path), "rt")]
-    pairs, bank = rows("stsbenchmark-sts/validation.jsonl.gz"), {}
+    pairs, labels = rows("stsbenchmark-sts/validation.jsonl.gz"), {}
     sts = 100 * spearmanr(cosines(read, [r["sentence1"] for r in pairs], [r["sentence2"] for r in pairs]),
                           [r["score"] for r in pairs]).statistic
+    if not bank:
+        return {"STSBenchmark validation": round(sts, 2)}
     shuffled = rows("banking77/train.jsonl.gz")
     np.random.default_rng(0).shuffle(shuffled)
     for r in shuffled:
-        bank.setdefault(r["label"], []).append(r["text"])
+        labels.setdefault(r["label"], []).append(r["text"])
     from sklearn.linear_model import LogisticRegression
-    X, y = zip(*[(t, k) for k, texts in bank.items() for t in texts[:20]])
+    X, y = zip(*[(t, k) for k, texts in labels.items() for t in texts[:20]])
     X, first = read(list(X)), np.arange(len(X)) % 20 < 8
     X = X / np.maximum(np.linalg.norm(X, axis=1, keepdims=True), 1e-9)
     X, y = (X - X[first].mean(0)) / X.std(), np.array(y)
@@ -245,6 +273,10 @@ def report(a):
              "texts a run": a.texts, "versions": {p: version(p) for p in ("torch", "transformers", "mteb", "scipy")},
              "rows": table, "claims": claims,
              "trials": [json.loads(x) for x in trials.read_text().splitlines()] if trials.exists() else []}
+    curves = {name: [json.loads(x) for x in file.read_text().splitlines()] for name in ("data", "simcse")
+              if (file := Path(a.runs) / f"{name}.curve.jsonl").exists()}
+    if curves:
+        (ROOT / "results" / "trajectories.json").write_text(json.dumps({"command": facts["command"], "curves": curves}, indent=1) + "\n")
     out = ROOT / "results" / f"contest-{Path(a.corpus).name}"
     out.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n")
     columns = [*STS, "mean STS", "Banking77Classification"]
@@ -278,8 +310,7 @@ def main():
     if a.tune:
         return tune(a)
     model, tok = t2t.load_backbone(a.backbone, "causal")
-    words = t2t.read_vocabulary(tok, len(t2t.head(model).weight))
-    tokens = t2t.read_tokens(a.corpus, tok, 128, len(words.canon), lambda *x: t2t.find_words(words, *x), words.hash)
+    tokens = corpus_of(a, tok, len(t2t.head(model).weight))
     some = [tok.decode(tokens.text(n).tolist(), skip_special_tokens=True)
             for n in t2t.order_of_texts(0, 0, len(tokens.start) - 1)[:2048]]
     untrained = readings(a.backbone, a.corpus)

