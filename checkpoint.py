@@ -162,7 +162,7 @@ def sentence_transformers_folder(folder, config, model_type, modules, similarity
 
 
 def sparse_folder(folder, shared, word_head, config):
-    """States, the head of words at each of them, the largest over places, the K largest: Embedder.sparse."""
+    """States, the head of words at each, SPLADE's log(1 + relu) and maximum, the K largest: Embedder.sparse."""
     folder.mkdir()
     for f in shared:
         os.link(f, folder / f.name)

@@ -55,7 +55,7 @@ class Config:
     batch_size: int = setting(64, "texts a step")
     micro_batch: int = setting(32, "texts on the device at a time, the same gradient (0: the whole batch)")
     steps: int = setting(220, "optimiser steps")
-    lr: float = setting(0.0, "peak learning rate (0: 2e-3 for all weights, 2e-4 for adapters)")
+    lr: float = setting(0.0, "peak learning rate (0: 4e-3 for all weights, 2e-4 for adapters)")
     whitening: float = setting(0.75, "power by which the spectrum of the finished embeddings is made flat (0: not)")
     token_loss: float = setting(1.0, "weight of the loss at single tokens (0: none)")
     lora_rank: int = setting(-1, "of LoRA adapters (0: all weights; -1: 0 below 100 M parameters, else 16)")
@@ -368,17 +368,19 @@ class Embedder:
 
     W (C,C), None until training ends, makes the spectrum of the embeddings flatter: see whiten."""
 
-    def __init__(self, model, tok, pooling, max_length, W=None):
-        self.model, self.tok, self.pooling, self.max_length, self.W = model, tok, pooling, max_length, W
+    def __init__(self, model, tok, pooling, max_length, W=None, floor=0.0):
+        self.model, self.tok, self.pooling, self.max_length = model, tok, pooling, max_length
+        self.W, self.floor = W, floor
 
     @classmethod
     def load(cls, folder, device="cpu"):
         """A checkpoint of `train`; any other causal model is read as it is: causal, mean over 128 tokens."""
         path = Path(folder) / "t2t.json"
-        made = json.loads(path.read_text())["config"] if path.exists() else {}
+        facts = json.loads(path.read_text()) if path.exists() else {}
+        made = facts.get("config", {})
         model, tok = load_backbone(str(folder), made.get("attention", "causal"))
         return cls(model.to(device), tok, made.get("pooling", "mean"), made.get("max_length", 128),
-                   disk.read_dense(path.parent) if made else None)
+                   disk.read_dense(path.parent) if made else None, facts.get("floor", 0.0))
 
     def encode(self, texts, batch_size=64):
         """list of N str -> (N,C) float32, not normalised. A text without a token gives zeros."""
@@ -417,28 +419,34 @@ class Embedder:
 
 
     def word_head(self):
-        """The head as sparse vectors use it: (V,C), (V,) or None. Rows lose their mean, since softmax ignores a
-        constant added to every logit of a text and ReLU does not; rows of what is no word are zero."""
-        H, words = head(self.model), self.words.canon == np.arange(len(self.words.canon))
-        word = torch.from_numpy(words).to(H.weight.device)
-        bias = None if H.bias is None else torch.where(word, H.bias - H.bias.mean(), 0) * H.scale
-        return torch.where(word[:, None], H.weight - H.weight.mean(0), 0) * H.scale, bias
+        """The head as sparse vectors use it: (V,C), (V,). Rows lose their mean, since softmax ignores a constant
+        added to every logit of a text and ReLU does not; `floor` comes off; what is no word has zeros."""
+        H = head(self.model)
+        word = torch.from_numpy(self.words.canon == np.arange(len(H.weight))).to(H.weight.device)
+        bias = H.weight.new_zeros(len(word)) if H.bias is None else H.bias - H.bias.mean()
+        return (torch.where(word[:, None], H.weight - H.weight.mean(0), 0) * H.scale,
+                torch.where(word, bias * H.scale - self.floor, 0))
 
     @torch.no_grad()
-    def sparse(self, texts, k=64):
-        """list of N str -> (N,V): how strongly any place of a text lights up each word, the k largest, else 0:
-
-            s(v) = max_t log(1 + max(0, z_t(v) - mean_v z_t)),      z_t = head(x_t)
-
-        The vectors of SparseEncoder(folder/sparse). OURS: the maximum over places is SPLADE's (arXiv
-        2109.10086); the head of the pooled vector keeps a few topics and finds far less."""
-        out, (W, bias) = [], self.word_head()
-        for ids in self.ids(texts):
-            x, mask = pad([ids], self.tok.pad_token_id, self.model.device)
-            z = F.linear(states(self.model, x, mask)[0], W, bias) if ids else W.new_zeros(1, len(W))
-            top = z.relu().log1p().amax(0).topk(min(k, len(W)))
-            out.append(torch.zeros_like(z[0]).scatter_(0, top.indices, top.values))
+    def strongest(self, ids):
+        """list of N id lists -> (N,V): max_t z_t(v), where a text lights up each word the most."""
+        (W, bias), out = self.word_head(), []
+        for row in ids:
+            x = states(self.model, *pad([row], self.tok.pad_token_id, self.model.device))[0]
+            out.append(F.linear(x, W, bias).amax(0) if len(row) else torch.zeros_like(bias))
         return torch.stack(out).cpu()
+
+    def sparse(self, texts, k=64):
+        """list of N str -> (N,V): the k words that any place of a text lights up the most, the others 0:
+
+            s(v) = log(1 + max(0, max_t z_t(v) - floor)),      z_t = head(x_t) - mean_v head(x_t)
+
+        The vectors of SparseEncoder(folder/sparse). `floor` is what the K-th word of an ordinary text reaches.
+        OURS: the maximum over places and the logarithm are SPLADE's (arXiv 2109.10086); the head of the pooled
+        vector names the topic and finds far less."""
+        z = self.strongest(self.ids(texts)).relu().log1p()
+        top = z.topk(min(k, z.shape[1]), 1)
+        return torch.zeros_like(z).scatter_(1, top.indices, top.values)
 
     def explain(self, a, b, k=64):
         """Why are two texts alike? -> score, [(word, its part of the score)], largest first; the parts add up:
@@ -658,7 +666,7 @@ def train(config, targets=None, on_step=None):
 
     # ---- training
     params = [p for p in model.parameters() if p.requires_grad]
-    peak = config.lr or (2e-4 if rank else 2e-3)
+    peak = config.lr or (2e-4 if rank else 4e-3)
     dropout = DROPOUT[config.method] if config.dropout < 0 else config.dropout
     absent = 0.0 if config.method in ("simcse", "mntp") else dropout
     contrast, blank = config.method == "simcse", tok("_", add_special_tokens=False)["input_ids"][-1]
@@ -727,6 +735,8 @@ def train(config, targets=None, on_step=None):
     if config.whitening:                                               # 4 C texts: enough to know C directions
         some = order_of_texts(config.seed, 0, len(lengths))[:4 * H.weight.shape[1]]
         embedder.W = whiten(embedder.pooled([tokens.text(n) for n in some]), config.whitening)
+    some = [tokens.text(n) for n in order_of_texts(config.seed, 0, len(lengths))[:256]]
+    embedder.floor = embedder.strongest(some).topk(min(config.top_k, V), 1).values[:, -1].mean().item()
     last = (out / "log.jsonl").read_text().splitlines()                # texts of like length go in runs of 16
     return finish(config, embedder, before, t0 - begun["seconds"],
                   loss=np.mean([json.loads(line)["loss"] for line in last[-16:]]).item(),
@@ -747,7 +757,7 @@ def finish(config, embedder, before, t0, loss=None, **facts):
     used = dataclasses.asdict(config)
     given = [f"{flag(k)} {v}" for k, v in used.items()
              if v != Config.__dataclass_fields__[k].default and k != "resume"]
-    facts = {"command": " ".join(["python t2t.py", *given]), "loss": loss, **facts, "config": used,
+    facts = {"command": " ".join(["python t2t.py", *given]), "loss": loss, **facts, "config": used, "floor": embedder.floor,
              "seconds": round(time.time() - t0, 1), "threads": torch.get_num_threads(),
              "versions": {p: version(p) for p in ("torch", "transformers", "peft", "tokenizers", "numpy")},
              "ours": ["tf-idf weights", "first piece of a split word"] * (config.method in ("data", "both"))

@@ -37,7 +37,7 @@ READINGS = ["mean", "last", "prompt", "echo", "mean - PC", "head rows", "SIF", "
 STS = ["STS12", "STS13", "STSBenchmark"]
 CONTRAST = dict(method="simcse", batch_size=128, micro_batch=8, lr=3e-4)
 PREDICT = dict(method="mntp", batch_size=64, lr=1e-3)
-TARGET = dict(method="data", batch_size=64, lr=1e-3)
+TARGET = dict(method="data", batch_size=64, lr=4e-3)
 CELLS = {                                              # name -> settings that differ from t2t.Config's
     "simcse": CONTRAST,
     "mntp": PREDICT,
