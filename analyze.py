@@ -207,8 +207,7 @@ def analyze(ckpt, texts=(), corpus=None):
     print(f"\n{len(ids):,} texts of {facts['corpus']}\n{'':32s}" + "".join(f"{c:>16s}" for c in [*columns, "first PC"]))
     for row in rows:
         f = facts[row]
-        show = [f"{f[c]:.1f}" if c == "effective rank" else f"{100 * f[c]:.1f} %" if c in f else "" for c in columns]
-        show = ["" if c not in f else v for c, v in zip(columns, show)] if row != "whitened" else show
+        show = ["" if c not in f else f"{f[c]:.1f}" if c == "effective rank" else f"{100 * f[c]:.1f} %" for c in columns]
         show.append(f"{100 * f['spectrum'][0]:.1f} %" if "spectrum" in f else "")
         print(f"{row:32s}" + "".join(f"{v:>16s}" for v in show))
     print(f"training moved the mean along the backbone's first direction by {facts['shift']:+.2f} times its length")

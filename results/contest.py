@@ -136,7 +136,7 @@ def score(read, tasks):
     scores, items = {}, {}
     for task in tasks:
         name = task.metadata.name
-        task.load_data()
+        task.load_data()                               # once for all cells; unload_data forgets that it is local
         if name in STS:                                # as mteb does it (tests/test_contest.py), items kept
             rows = task.dataset["test"]
             gold = np.array(rows["score"], np.float32)
@@ -145,7 +145,6 @@ def score(read, tasks):
         else:
             found = mteb.evaluate(Reading("cell", read), [task], cache=None, co2_tracker=False, show_progress_bar=False)
             scores[name] = 100 * found.task_results[0].get_score()
-        task.unload_data()
     return {k: round(float(v), 2) for k, v in scores.items()}, items
 
 

@@ -1,10 +1,16 @@
 """eval.py --sparse: the store against brute force, fusion by hand, one small retrieval task through mteb."""
+import gzip
+import json
+
 import numpy as np
 import pytest
 import torch
+from conftest import ANIMALS, PLACES, sentences
 from scipy.sparse import csr_matrix
+from test_train import config
 
 import retrieval
+import t2t
 
 
 def test_store_against_brute_force():
@@ -42,3 +48,52 @@ def test_a_checkpoint_without_sparse_is_refused(tmp_path):
     from corpus import Error
     with pytest.raises(Error, match="expected CKPT/sparse"):
         retrieval.compare(str(tmp_path), [], 8, "cpu")
+
+
+# -------------------------------------------------------------------------- through mteb, on a made-up SciFact
+def gz(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with gzip.open(path, "wt", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+@pytest.fixture(scope="module")
+def scifact(tmp_path_factory):
+    """30 documents of the tests' language; the query of a document is its animals and its place."""
+    folder = tmp_path_factory.mktemp("data") / "mteb" / "scifact"
+    texts = sentences(30, seed=5)
+    words = [" ".join(w for w in t.rstrip(".").split() if w in ANIMALS + PLACES) for t in texts]
+    gz(folder / "corpus.jsonl.gz", ({"_id": f"d{n}", "title": "", "text": t} for n, t in enumerate(texts)))
+    gz(folder / "queries.jsonl.gz", ({"_id": f"q{n}", "text": t} for n, t in enumerate(words)))
+    for split in ("train", "test"):
+        gz(folder / "qrels" / f"{split}.jsonl.gz",
+           ({"query-id": f"q{n}", "corpus-id": f"d{n}", "score": 1} for n in range(30)))
+    part = lambda name, split, path: (f'- config_name: "{name}"\n  data_files:\n  - split: {split}\n'
+                                      f'    path: "{path}"\n')
+    (folder / "README.md").write_text(
+        "---\nconfigs:\n" + part("default", "train", "qrels/train.jsonl.gz")
+        + '  - split: test\n    path: "qrels/test.jsonl.gz"\n'
+        + part("corpus", "corpus", "corpus.jsonl.gz") + part("queries", "queries", "queries.jsonl.gz") + "---\n")
+    return folder.parent.parent
+
+
+def test_the_whole_table(scifact, backbone, texts_file, tmp_path, capsys, monkeypatch):
+    import datasets
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    ckpt = t2t.train(config(backbone, texts_file, tmp_path / "ckpt", steps=300, lr=1e-2, dropout=0.0, top_k=32))
+    capsys.readouterr()
+    import eval as ev
+    assert ev.main([ckpt, "--sparse", "--tasks", "SciFact", "--data-dir", str(scifact), "--out", str(tmp_path / "out"),
+                    "--device", "cpu"]) == 0
+    page = capsys.readouterr().out
+    rows = json.loads((tmp_path / "out" / "sparse-ckpt.json").read_text())["rows"]
+    assert (tmp_path / "out" / "sparse-ckpt.md").read_text() == page
+    assert list(rows) == ["dense", "sparse", "BM25", "dense + sparse", "dense + BM25", "sparse + BM25",
+                          "dense + sparse + BM25"]
+    assert all(0 <= row["SciFact"] <= 100 for row in rows.values())
+    assert rows["BM25"]["SciFact"] > 80                                    # the query is words of its document
+    cost = rows["sparse"]["cost"]["SciFact"]
+    assert 0 < cost["non-zeros a document"] <= 32 and cost["index MB"] == pytest.approx(0, abs=0.02)
+    # dense as mteb alone scores the same checkpoint: nothing is lost on the way through our store
+    [task] = ev.evaluate([ckpt], ["SciFact"], str(scifact), tmp_path / "plain", device="cpu")["tasks"]
+    assert task["scores"]["ckpt"] == pytest.approx(rows["dense"]["SciFact"], abs=0.01)
