@@ -1,6 +1,7 @@
-"""The baselines, minimised by the loop of t2t.py in place of Text2Token's loss: simcse, and mntp before it, LLM2Vec's recipe.
+"""The baselines: what the loop of t2t.py minimises in place of Text2Token's loss. mntp, then simcse, is LLM2Vec's
+unsupervised recipe (arXiv 2404.05961).
 
-Generators as t2t.predict_targets is one: read(ids, mask) -> x (B,T,C), h (B,C); batch: its parts, (ids, mask) each.
+Generators, as t2t.predict_targets is: read(ids, mask) -> x (B,T,C), h (B,C); batch: its parts, (ids, mask) each.
 """
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,8 @@ def simcse(read, batch, model, share, tau):
     Every text is told from all others of its batch, so the graph of the whole batch is held at once."""
     attention = [m for m in model.modules() if hasattr(m, "attention_dropout")]
     if not attention:
-        raise Error(f"--method simcse: expected a model with attention dropout, got {model.config.model_type}")
+        raise Error("--method simcse: expected a model with attention dropout, got "
+                    f"{model.config.model_type}")
     for m in attention:
         m.attention_dropout, m.training = share, True
     h, other = (F.normalize(torch.cat([read(*part)[1] for part in batch]).float(), dim=1) for _ in range(2))

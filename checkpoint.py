@@ -131,7 +131,8 @@ def save(out, embedder, config, facts):
     shared = [f for f in new.iterdir() if f.is_file()]            # weights, config and tokenizer
     W = embedder.W
     modules = [("Transformer", ""), ("Pooling", "1_Pooling"), ("Dense", "2_Dense")]
-    sentence_transformers_folder(new, config, "SentenceTransformer", modules[:2 if W is None else 3], "cosine")
+    modules = modules[:2 if W is None else 3]
+    sentence_transformers_folder(new, config, "SentenceTransformer", modules, "cosine")
     (new / "1_Pooling").mkdir()
     write_json(new / "1_Pooling" / "config.json", {
         "word_embedding_dimension": embedder.word_head()[0].shape[1], "include_prompt": True,
@@ -150,10 +151,11 @@ def save(out, embedder, config, facts):
 
 
 def sentence_transformers_folder(folder, config, model_type, modules, similarity, **settings):
-    """What loads the modules, (class, folder) each, under the old names, which every version in use can read."""
+    """What loads the modules, (class, folder) each, under the old names, which all versions in use can read."""
     package = {"SpladePooling": "sparse_encoder.models"}
+    kind = lambda name: f"sentence_transformers.{package.get(name, 'models')}.{name}"
     write_json(folder / "modules.json", [
-        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.{package.get(name, 'models')}.{name}"}
+        {"idx": i, "name": str(i), "path": path, "type": kind(name)}
         for i, (name, path) in enumerate(modules)])
     write_json(folder / "config_sentence_transformers.json",
                {"model_type": model_type, "similarity_fn_name": similarity, **settings})
@@ -162,16 +164,19 @@ def sentence_transformers_folder(folder, config, model_type, modules, similarity
 
 
 def sparse_folder(folder, shared, word_head, config):
-    """States, the head of words at each, SPLADE's log(1 + relu) and maximum, the K largest: Embedder.sparse."""
+    """States, the head of words at each, SPLADE's log(1 + relu) and maximum, K largest: Embedder.sparse."""
     folder.mkdir()
     for f in shared:
         os.link(f, folder / f.name)
     modules = [("Transformer", ""), ("Dense", "1_Dense"), ("SpladePooling", "2_SpladePooling")]
-    sentence_transformers_folder(folder, config, "SparseEncoder", modules, "dot", max_active_dims=config.top_k)
-    write_dense(folder / "1_Dense", *word_head, "torch.nn.modules.linear.Identity", module_input_name="token_embeddings")
+    sentence_transformers_folder(folder, config, "SparseEncoder", modules, "dot",
+                                 max_active_dims=config.top_k)
+    write_dense(folder / "1_Dense", *word_head, "torch.nn.modules.linear.Identity",
+                module_input_name="token_embeddings")
     (folder / "2_SpladePooling").mkdir()
     write_json(folder / "2_SpladePooling" / "config.json", {
-        "pooling_strategy": "max", "activation_function": "relu", "word_embedding_dimension": len(word_head[0])})
+        "pooling_strategy": "max", "activation_function": "relu",
+        "word_embedding_dimension": len(word_head[0])})
 
 
 def write_dense(folder, weight, bias, activation, **settings):

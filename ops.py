@@ -1,4 +1,4 @@
-"""What the operations on sparse targets share: checks of their arguments, merge, and the dense form for those who need it."""
+"""Around the loss on sparse targets: checks of arguments, merge, and the dense form for those who need it."""
 import math
 
 import torch

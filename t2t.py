@@ -49,14 +49,14 @@ class Config:
     pooling: str = setting("mean", "how the states of a text become one vector", ["mean", "last"])
     attention: str = setting("bidirectional", "what a token may look at", ["bidirectional", "causal"])
     top_k: int = setting(64, "K, target tokens a text")
-    temperature: float = setting(1.0, "of the target distribution: lower is sharper (simcse: of cosines, x 0.05)")
-    dropout: float = setting(-1.0, "of input tokens (simcse: of attention; mntp: tokens masked; -1: see DROPOUT)")
+    temperature: float = setting(1.0, "of the targets: lower is sharper (simcse: cosines, in units of 0.05)")
+    dropout: float = setting(-1.0, "of input tokens (simcse: of attention; mntp: masked; -1: as in DROPOUT)")
     max_length: int = setting(128, "tokens of a text that the model sees")
     batch_size: int = setting(64, "texts a step")
     micro_batch: int = setting(32, "texts on the device at a time, the same gradient (0: the whole batch)")
     steps: int = setting(220, "optimiser steps")
     lr: float = setting(0.0, "peak learning rate (0: 4e-3 for all weights, 2e-4 for adapters)")
-    whitening: float = setting(0.75, "power by which the spectrum of the finished embeddings is made flat (0: not)")
+    whitening: float = setting(0.75, "how flat to make the spectrum of the embeddings: 0 not, 1 wholly")
     token_loss: float = setting(1.0, "weight of the loss at single tokens (0: none)")
     lora_rank: int = setting(-1, "of LoRA adapters (0: all weights; -1: 0 below 100 M parameters, else 16)")
     seed: int = setting(42, "of the order of texts and of every random number")
@@ -396,7 +396,7 @@ class Embedder:
     def pooled(self, ids, batch_size=64):
         """list of N id lists -> (N,C) float32: what the head reads."""
         h = np.zeros((len(ids), head(self.model).weight.shape[1]), np.float32)
-        order = sorted((n for n in range(len(ids)) if len(ids[n])), key=lambda n: -len(ids[n]))      # less padding
+        order = sorted((n for n in range(len(ids)) if len(ids[n])), key=lambda n: -len(ids[n]))  # less padding
         for rows in blocks(order, batch_size):
             x, mask = pad([ids[n] for n in rows], self.tok.pad_token_id, self.model.device)
             h[rows] = pool(states(self.model, x, mask).float(), mask, self.pooling).cpu().numpy()
@@ -412,14 +412,14 @@ class Embedder:
         H, words = head(self.model), self.words
         fold = torch.from_numpy(np.where(words.canon >= 0, words.canon, np.arange(len(words.canon))))
         h = torch.from_numpy(self.pooled(self.ids(texts))).to(H.weight)
-        p = F.softmax(H(h).float().cpu(), -1)                                                          # (N,V)
+        p = F.softmax(H(h).float().cpu(), -1)                                                        # (N,V)
         p, i = torch.zeros_like(p).index_add_(1, fold, p).topk(k, 1)
         name = lambda v: words.text[v] or repr(self.tok.decode([v]))       # a space would show as nothing
         return [[(name(v), w) for v, w in zip(*row)] for row in zip(i.tolist(), p.tolist())]
 
 
     def word_head(self):
-        """The head as sparse vectors use it: (V,C), (V,). Rows lose their mean, since softmax ignores a constant
+        """The head as sparse vectors use it: (V,C), (V,). Rows lose their mean, since softmax ignores what is
         added to every logit of a text and ReLU does not; `floor` comes off; what is no word has zeros."""
         H = head(self.model)
         word = torch.from_numpy(self.words.canon == np.arange(len(H.weight))).to(H.weight.device)
@@ -434,22 +434,22 @@ class Embedder:
         for row in ids:
             x = states(self.model, *pad([row], self.tok.pad_token_id, self.model.device))[0]
             out.append(F.linear(x, W, bias).amax(0) if len(row) else torch.zeros_like(bias))
-        return torch.stack(out).cpu()
+        return torch.stack(out).float().cpu()
 
     def sparse(self, texts, k=64):
         """list of N str -> (N,V): the k words that any place of a text lights up the most, the others 0:
 
             s(v) = log(1 + max(0, max_t z_t(v) - floor)),      z_t = head(x_t) - mean_v head(x_t)
 
-        The vectors of SparseEncoder(folder/sparse). `floor` is what the K-th word of an ordinary text reaches.
-        OURS: the maximum over places and the logarithm are SPLADE's (arXiv 2109.10086); the head of the pooled
-        vector names the topic and finds far less."""
+        The vectors of SparseEncoder(folder/sparse). `floor` is what the K-th word of an ordinary text has.
+        OURS: maximum over places and logarithm are SPLADE's (arXiv 2109.10086); the head of the pooled vector
+        names the topic and finds far less."""
         z = self.strongest(self.ids(texts)).relu().log1p()
         top = z.topk(min(k, z.shape[1]), 1)
         return torch.zeros_like(z).scatter_(1, top.indices, top.values)
 
     def explain(self, a, b, k=64):
-        """Why are two texts alike? -> score, [(word, its part of the score)], largest first; the parts add up:
+        """Why are two texts alike? -> score, [(word, its part of the score)], largest first. They add up:
 
             cos(s_a, s_b) = sum_v s_a(v) s_b(v) / (|s_a| |s_b|)"""
         s = F.normalize(self.sparse([a, b], k), dim=1)
@@ -461,10 +461,10 @@ class Embedder:
 def whiten(h, power, ridge=0.01):
     """h (N,C) -> W (C,C) float32, symmetric: h W spreads over the directions that h uses unevenly.
 
-        S = mean_n u_n u_n' + ridge I,  u = h / |h|,        W = S^(-power/2)      power 1: all alike; 0: as it is
+        S = mean_n u_n u_n' + ridge I,  u = h / |h|,        W = S^(-power/2)      power 1: all alike; 0: W = I
 
     OURS: predicting words leaves a few large directions, shared by all texts (the first is nearly the mean of
-    all), which drown in a cosine what tells texts apart. Whitening is that of arXiv 2103.15316, not centred."""
+    all), which drown in a cosine what tells texts apart. Whitening as in arXiv 2103.15316, not centred."""
     u = F.normalize(torch.from_numpy(h).double(), dim=1)
     s, E = torch.linalg.eigh(u.T @ u / len(u))
     s = s.clamp_min(0) + ridge * s.mean()
@@ -614,10 +614,10 @@ def entropy(counts):
 
 
 def leave_out(ids, share):
-    """(T,) ids -> about (1 - share) T of them. OURS: the target is still that of the whole text, so that a word
-    must be inferred from the others: half a step towards tokens *beyond* the text."""
-    keep = torch.rand(len(ids)).numpy() >= share
-    return ids[keep] if keep.any() else ids
+    """(T,) ids -> (1 - share) T of them, in order. OURS: the target is still that of the whole text, so that
+    words must be inferred from others: a step towards tokens *beyond* the text."""
+    n = max(1, round((1 - share) * len(ids)))
+    return ids[torch.randperm(len(ids))[:n].sort().values.numpy()]
 
 
 def train(config, targets=None, on_step=None):
@@ -675,6 +675,7 @@ def train(config, targets=None, on_step=None):
     def read(ids, mask):
         x = states(core, ids, mask)                                                                  # (B,T,C)
         return x, pool(x, mask, config.pooling)
+
     optimizer = torch.optim.AdamW(params, lr=peak, betas=(0.9, 0.98), weight_decay=0.01)
     at = {"step": 0, "seconds": 0.0, "cells": 0, "read": 0, "corpus": tokens.hash}     # cells: with padding
     if config.resume:
@@ -693,7 +694,7 @@ def train(config, targets=None, on_step=None):
         while at["step"] < config.steps and not interrupted:
             # ------------------------------------------------------------------------------ BEGIN: one step
             torch.manual_seed(config.seed * 1_000_003 + at["step"])    # so that there is no state to keep
-            texts, loss = batch_of(at["step"], config.seed, lengths, B, 1 if contrast else 16), 0.0
+            texts, loss = batch_of(at["step"], config.seed, lengths, B, 1 if contrast else 16), 0.0     # (B,)
             batch = [pad([leave_out(tokens.text(n), absent) for n in texts[rows]], tok.pad_token_id, device)
                      for rows in blocks(range(B), config.micro_batch or B)]
             if contrast:
@@ -701,7 +702,7 @@ def train(config, targets=None, on_step=None):
             elif config.method == "mntp":
                 parts = mntp(read, batch, functools.partial(token_nll, H=H, impl=impl), dropout, blank)
             else:
-                indices, probs = (torch.from_numpy(a[texts]).to(device) for a in (q.indices, q.probs))   # (B,K)
+                indices, probs = (torch.from_numpy(a[texts]).to(device) for a in (q.indices, q.probs))  # (B,K)
                 parts = predict_targets(read, batch, H, impl, indices, probs, config.token_loss, canon)
             while part := in_precision(next)(parts, None):
                 part[1].backward()
@@ -731,12 +732,14 @@ def train(config, targets=None, on_step=None):
                 disk.save_state(out, config, model, optimizer, **at)
     if at["step"] < config.steps:
         raise KeyboardInterrupt(f"stopped after step {at['step']}: add --resume to the same command to go on")
-    embedder.model = (model.merge_and_unload() if rank else model).float()
-    if config.whitening:                                               # 4 C texts: enough to know C directions
-        some = order_of_texts(config.seed, 0, len(lengths))[:4 * H.weight.shape[1]]
-        embedder.W = whiten(embedder.pooled([tokens.text(n) for n in some]), config.whitening)
-    some = [tokens.text(n) for n in order_of_texts(config.seed, 0, len(lengths))[:256]]
-    embedder.floor = embedder.strongest(some).topk(min(config.top_k, V), 1).values[:, -1].mean().item()
+
+    # ---- what the finished embedder knows of its corpus: 4 C texts are enough to know C directions
+    some = [tokens.text(n) for n in order_of_texts(config.seed, 0, len(lengths))[:4 * H.weight.shape[1]]]
+    if config.whitening:
+        embedder.W = whiten(in_precision(embedder.pooled)(some), config.whitening)
+    reached = in_precision(embedder.strongest)(some[:256])                                           # (256,V)
+    embedder.floor = reached.topk(min(config.top_k, V), 1).values[:, -1].mean().item()
+    embedder.model = model.cpu().float().merge_and_unload() if rank else model
     last = (out / "log.jsonl").read_text().splitlines()                # texts of like length go in runs of 16
     return finish(config, embedder, before, t0 - begun["seconds"],
                   loss=np.mean([json.loads(line)["loss"] for line in last[-16:]]).item(),
@@ -757,8 +760,9 @@ def finish(config, embedder, before, t0, loss=None, **facts):
     used = dataclasses.asdict(config)
     given = [f"{flag(k)} {v}" for k, v in used.items()
              if v != Config.__dataclass_fields__[k].default and k != "resume"]
-    facts = {"command": " ".join(["python t2t.py", *given]), "loss": loss, **facts, "config": used, "floor": embedder.floor,
-             "seconds": round(time.time() - t0, 1), "threads": torch.get_num_threads(),
+    facts = {"command": " ".join(["python t2t.py", *given]), "loss": loss, **facts, "config": used,
+             "floor": embedder.floor, "seconds": round(time.time() - t0, 1),
+             "threads": torch.get_num_threads(),
              "versions": {p: version(p) for p in ("torch", "transformers", "peft", "tokenizers", "numpy")},
              "ours": ["tf-idf weights", "first piece of a split word"] * (config.method in ("data", "both"))
              + ["log p minus its mean over the corpus"] * (config.method in ("model", "both"))

@@ -73,18 +73,18 @@ def test_two_stages_from_nothing(data, backbone, texts_file, tmp_path, monkeypat
             "mntp, simcse", "data, causal"]
     monkeypatch.setattr(sys, "argv", args)
     contest.main()
-    facts = json.loads((tmp_path / "results" / "contest-texts.txt.json").read_text())
+    facts = json.loads((tmp_path / "results" / "contest-texts.json").read_text())
     row = facts["rows"]["mntp, simcse"]
     assert row["seeds"] == [1, 2] and set(row["whitened"]) == {"STS12", "STSBenchmark", "mean STS"}
     for name in ("mntp-1", "mntp-simcse-2", "data-causal-1"):
         made = json.loads((tmp_path / "runs" / name / "t2t.json").read_text())
         assert made["texts_seen"] == 256
     assert made["config"]["attention"] == "causal"
-    table = (tmp_path / "results" / "contest-texts.txt.md").read_text()
+    table = (tmp_path / "results" / "contest-texts.md").read_text()
     assert "| mntp, simcse | 2 |" in table and "±" in table
 
     def never(*_, **__):
         raise AssertionError("trained again")
     monkeypatch.setattr(t2t, "train", never)
     contest.main()
-    assert (tmp_path / "results" / "contest-texts.txt.md").read_text() == table
+    assert (tmp_path / "results" / "contest-texts.md").read_text() == table
