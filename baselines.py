@@ -1,4 +1,4 @@
-"""The baselines: what the loop of t2t.py minimises in place of Text2Token's loss. mntp, then simcse, is LLM2Vec's
+"""The baselines: what the loop of t2t.py minimises in place of its own loss. mntp, then simcse, is LLM2Vec's
 unsupervised recipe (arXiv 2404.05961).
 
 Generators, as t2t.predict_targets is: read(ids, mask) -> x (B,T,C), h (B,C); batch: its parts, (ids, mask) each.

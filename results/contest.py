@@ -3,12 +3,13 @@
     python results/contest.py --data-dir DIR                         # all cells, three seeds; resumes
     python results/contest.py --data-dir DIR --cells data --seeds 1  # one cell of the table again
     python results/contest.py --data-dir DIR --tune                  # the trials on validation splits
+    python results/contest.py --data-dir DIR --curves                # what happens during training
 
 A trained cell is one call of t2t.train; `init` names the cell whose checkpoint it starts from. An untrained cell is
 a reading of results/readings.py. Every vector is scored twice: as it is, and whitened (t2t.whiten, from 2,048
 texts of the corpus) -- so no method wins by what could be done to all of them. Tests splits are scored once, with the
 settings that --tune found; it looks at STSBenchmark validation and Banking77 train only, and gives every method
-the same number of trials. Cells are kept in --runs, tables in results/contest-CORPUS.json and .md.
+three trials of its own. Cells are kept in --runs, tables in results/contest-CORPUS.json and .md.
 """
 import argparse
 import gzip
@@ -36,7 +37,7 @@ import t2t  # noqa: E402
 READINGS = ["mean", "last", "prompt", "echo", "mean - PC", "head rows", "SIF", "tf-idf"]   # of results/readings.py
 STS = ["STS12", "STS13", "STSBenchmark"]
 CONTRAST = dict(method="simcse", batch_size=128, micro_batch=8, lr=3e-4)
-PREDICT = dict(method="mntp", batch_size=64, lr=1e-3)
+PREDICT = dict(method="mntp", batch_size=64, lr=3e-4)
 TARGET = dict(method="data", batch_size=64, lr=4e-3)
 CELLS = {                                              # name -> settings that differ from t2t.Config's
     "simcse": CONTRAST,
@@ -54,9 +55,9 @@ CELLS = {                                              # name -> settings that d
     "data, no dropout": TARGET | dict(dropout=0.0),
     "data, no single tokens": TARGET | dict(token_loss=0.0),
 }
-TRIALS = {                                             # three each; the best of them stands above
+TRIALS = {                                             # the best of each stands above
     "simcse": [dict(lr=1e-4), dict(lr=3e-4), dict(lr=1e-3)],
-    "mntp": [dict(lr=3e-4), dict(lr=1e-3), dict(lr=3e-3)],
+    "mntp": [dict(lr=3e-4), dict(lr=1e-3)],                 # besides those of simcse, which follows it
     "data": [dict(lr=1e-3), dict(lr=2e-3), dict(lr=4e-3)],
     "model": [dict(lr=1e-3), dict(lr=2e-3), dict(lr=4e-3)],
 }
@@ -71,7 +72,7 @@ def place(name, seed, a):
     return Path(a.runs) / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}"
 
 
-def train(name, settings, seed, a, stages=CELLS):
+def train(name, settings, seed, a, stages=CELLS, watch=None):
     """The Embedder of a cell, trained unless it stands in --runs."""
     folder = place(name, seed, a)
     if not (folder / "t2t.json").exists():
@@ -81,29 +82,32 @@ def train(name, settings, seed, a, stages=CELLS):
             train(before, stages[before], seed, a)
             settings["init"] = str(place(before, seed, a))
         resume = (folder / "state" / "last.pt").exists()
-        watch = curve(name, settings, a) if name in ("data", "simcse") and seed == a.seeds[0] else None
         t2t.train(t2t.Config(backbone=a.backbone, corpus=a.corpus, out=str(folder), seed=seed, resume=resume,
                              steps=a.texts // settings["batch_size"], save_every=100, **settings), on_step=watch)
     return t2t.Embedder.load(folder), folder
 
 
-def curve(name, settings, a, points=8):
-    """on_step of t2t.train: what analyze.py draws, and STSBenchmark validation, at nine moments -> NAME.curve.jsonl"""
-    file, every = Path(a.runs) / f"{name}.curve.jsonl", a.texts // settings["batch_size"] // points
-    model, tok = t2t.load_backbone(a.backbone, settings.get("attention", t2t.Config.attention))
-    before = t2t.Embedder(model, tok, t2t.Config.pooling, t2t.Config.max_length)
-    tokens = corpus_of(a, tok, len(t2t.head(model).weight))
-    ids = [i for i in map(tokens.text, t2t.order_of_texts(0, 0, len(tokens.start) - 1)) if len(i) >= 8][:300]
+def curves(a, points=8):
+    """results/trajectories.json, which analyze.py draws: alignment, quality and STSBenchmark validation at nine
+    moments of one run of `data` and one of `simcse`."""
+    found = {}
+    for name in ("data", "simcse"):
+        model, tok = t2t.load_backbone(a.backbone, t2t.Config.attention)
+        before = t2t.Embedder(model, tok, t2t.Config.pooling, t2t.Config.max_length)
+        tokens = corpus_of(a, tok, len(t2t.head(model).weight))
+        ids = [i for i in map(tokens.text, t2t.order_of_texts(0, 0, len(tokens.start) - 1)) if len(i) >= 8][:300]
+        B, line = CELLS[name]["batch_size"], found.setdefault(name, [])
 
-    def watch(step, embedder):
-        if step % every == 0:
-            sts = validation(lambda texts: embedder.pooled(embedder.ids(texts)), a.data_dir, bank=False)
-            point = {"texts": step * settings["batch_size"]} | analyze.measure(embedder, ids) | sts
-            with open(file, "a") as f:
-                f.write(json.dumps(point) + "\n")
-    if not file.exists():
+        def watch(step, embedder):
+            if step % (a.texts // B // points) == 0:
+                sts = validation(lambda texts: embedder.pooled(embedder.ids(texts)), a.data_dir, bank=False)
+                line.append({"texts": step * B} | analyze.measure(embedder, ids) | sts)
+                print(name, line[-1], flush=True)
         watch(0, before)
-    return watch
+        shutil.rmtree(place(f"{name} watched", a.seeds[0], a), ignore_errors=True)
+        train(f"{name} watched", CELLS[name], a.seeds[0], a, watch=watch)
+    command = f"python results/contest.py --curves --texts {a.texts} --data-dir DIR"
+    (ROOT / "results" / "trajectories.json").write_text(json.dumps({"command": command, "curves": found}, indent=1) + "\n")
 
 
 def corpus_of(a, tok, V):
@@ -272,10 +276,6 @@ def report(a):
              "texts a run": a.texts, "versions": {p: version(p) for p in ("torch", "transformers", "mteb", "scipy")},
              "rows": table, "claims": claims,
              "trials": [json.loads(x) for x in trials.read_text().splitlines()] if trials.exists() else []}
-    curves = {name: [json.loads(x) for x in file.read_text().splitlines()] for name in ("data", "simcse")
-              if (file := Path(a.runs) / f"{name}.curve.jsonl").exists()}
-    if curves:
-        (ROOT / "results" / "trajectories.json").write_text(json.dumps({"command": facts["command"], "curves": curves}, indent=1) + "\n")
     out = ROOT / "results" / f"contest-{Path(a.corpus).name}"
     out.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n")
     columns = [*STS, "mean STS", "Banking77Classification"]
@@ -304,10 +304,11 @@ def main():
     p.add_argument("--texts", type=int, default=32000)
     p.add_argument("--tasks", nargs="+", default=[*STS, "Banking77Classification"])
     p.add_argument("--tune", action="store_true")
+    p.add_argument("--curves", action="store_true")
     a = p.parse_args()
     Path(a.runs).mkdir(parents=True, exist_ok=True)
-    if a.tune:
-        return tune(a)
+    if a.tune or a.curves:
+        return tune(a) if a.tune else curves(a)
     model, tok = t2t.load_backbone(a.backbone, "causal")
     tokens = corpus_of(a, tok, len(t2t.head(model).weight))
     some = [tok.decode(tokens.text(n).tolist(), skip_special_tokens=True)

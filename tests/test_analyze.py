@@ -23,6 +23,18 @@ def test_alignment_by_hand():
     assert analyze.alignment(z, [{0, 1}, {2}], k=1)["hit@10"] == 0.5
 
 
+def test_key_alignment_by_hand(backbone):
+    """The head lights up `dog`, then `river`. The dog's text has one key word of its two lit as its best two
+    (dog, sees); the river's text has two (river, dog), both lit; a text without a key word does not count."""
+    e = t2t.Embedder.load(str(backbone))
+    ids = [np.array(e.tok(t, add_special_tokens=False)["input_ids"]) for t in
+           ("The dog sees", "The river the dog", "the the")]
+    z = torch.zeros(3, len(e.words.canon))
+    for w, x in (("dog", 2.0), ("river", 1.0)):
+        z[:, next(v for v, t in enumerate(e.words.text) if t == w and e.words.canon[v] == v)] = x
+    assert analyze.key_alignment(z, e.words, ids) == pytest.approx((1 / 2 + 2 / 2) / 2)
+
+
 def test_spectrum_and_rank_by_hand():
     h = np.array([[2.0, 0, 0], [-5, 0, 0], [0, 1, 0], [0, 3, 0]])         # unit vectors: two on each of two axes
     shares = analyze.spectrum(h)
@@ -91,7 +103,7 @@ def test_page_and_picture(backbone, texts_file, tmp_path):
     assert facts["after"]["local"] > facts["before"]["local"]             # it learned what it was trained for
     for row in ("before", "after"):
         assert sum(facts[row]["spectrum"]) == pytest.approx(1)
-        assert all(0 <= facts[row][m] <= 1 for m in ("hit@10", "local", "global", "halves"))
+        assert all(0 <= facts[row][m] <= 1 for m in ("hit@10", "local", "global", "key", "halves"))
         assert 1 <= facts[row]["effective rank"] <= 32
     assert facts["whitened"]["effective rank"] > facts["after"]["effective rank"]
     picture = (out / "analysis.png").read_bytes()
@@ -100,8 +112,8 @@ def test_page_and_picture(backbone, texts_file, tmp_path):
 
 
 def test_trajectory_is_drawn(tmp_path):
-    point = lambda x: {"texts": int(1000 * x), "local": x, "halves": x}
-    side = {"spectrum": [0.5, 0.5], "effective rank": 2.0, "local": 0.1, "halves": 0.2}
+    point = lambda x: {"texts": int(1000 * x), "key": x, "halves": x}
+    side = {"spectrum": [0.5, 0.5], "effective rank": 2.0, "key": 0.1, "halves": 0.2}
     analyze.draw(tmp_path / "a.png", {"checkpoint": "c", "before": side, "after": side},
                  {"ours": [point(0), point(0.5)], "simcse": [point(0), point(0.1)]})
     assert (tmp_path / "a.png").stat().st_size > 20_000
