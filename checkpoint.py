@@ -151,7 +151,7 @@ def save(out, embedder, config, facts):
 
 
 def sentence_transformers_folder(folder, config, model_type, modules, similarity, **settings):
-    """What loads the modules, (class, folder) each, under the old names, which all versions in use can read."""
+    """What loads the modules, (class, folder) each, under old names, which all versions in use can read."""
     package = {"SpladePooling": "sparse_encoder.models"}
     kind = lambda name: f"sentence_transformers.{package.get(name, 'models')}.{name}"
     write_json(folder / "modules.json", [

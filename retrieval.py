@@ -1,12 +1,13 @@
-"""python eval.py CKPT --sparse: what the sparse vectors of a checkpoint are worth, beside its dense ones and BM25.
+"""python eval.py CKPT --sparse: what its sparse vectors are worth, beside dense ones and BM25.
 
-Sparse vectors are read through the head: the K words that stand furthest above the average, weighted (CKPT/sparse,
-a SparseEncoder). They are searched as BM25 is: a document is a row of a compressed sparse matrix over words. Rankings are
-also fused by rank alone, score(d) = sum over rankings of 1 / (60 + rank of d), so nothing is tuned.
+Sparse vectors are read through the head (CKPT/sparse, a SparseEncoder; t2t.Embedder.sparse says how) and
+searched as BM25 is: a document is a row of a compressed sparse matrix over words. Rankings are also fused by rank
+alone, score(d) = sum over rankings of 1 / (60 + rank of d), so nothing is tuned.
 """
 import json
 import os
 import time
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ DEPTH = 1000                                           # of the rankings that ar
 
 
 class Store:
-    """Documents of one task, searched exactly and in memory; dense (N,C), or sparse (N,V) as mteb hands them over."""
+    """Documents of one task, searched exactly and in memory: dense (N,C), or sparse (N,V)."""
 
     def __init__(self):
         self.docs, self.seconds = None, 0.0
@@ -45,7 +46,7 @@ def sparse(m):
 
 
 def matrix(x):
-    """A torch or numpy matrix -> unit rows (N,C), or, if sparse, CSR (N,V) as it is: one is for cosine, one for dot."""
+    """What an encoder gives -> unit rows (N,C), for cosine, or, if sparse, CSR (N,V), for dot products."""
     if getattr(x, "is_sparse", False):
         x = x.coalesce().cpu()
         return csr_matrix((x.values().numpy(), x.indices().numpy()), shape=tuple(x.shape))
@@ -70,16 +71,18 @@ class Remembering:
         self.cost = {"ms to encode a query": round(1000 * (total - searching) / n, 3) if self.store else None,
                      "ms to search": round(1000 * searching / n, 3)}
         if self.store:
-            self.cost |= {"non-zeros a document": round(self.store.nonzeros, 1), "index MB": round(self.store.bytes / 1e6, 2)}
+            self.cost |= {"non-zeros a document": round(self.store.nonzeros, 1),
+                          "index MB": round(self.store.bytes / 1e6, 2)}
         return self.rankings
 
 
 class Fusion:
-    """Rankings of others, fused: for each document the sum of 1 / (60 + rank), as in Cormack and others 2009."""
+    """Rankings of others, fused: a document's sum of 1 / (60 + rank), as in Cormack and others, 2009."""
 
     def __init__(self, name, parts):
         from mteb.models import ModelMeta
-        self.parts, self.mteb_model_meta = parts, ModelMeta.create_empty({"name": f"fused/{name}", "revision": "1"})
+        self.parts = parts
+        self.mteb_model_meta = ModelMeta.create_empty({"name": f"fused/{name}", "revision": "1"})
 
     def index(self, corpus, **_):
         pass
@@ -90,8 +93,8 @@ class Fusion:
             scores = fused[query] = {}
             for part in self.parts:
                 # a document without a word in common is not ranked: BM25 and the sparse vectors give it 0
-                found = [d for d, s in sorted(part.rankings[query].items(), key=lambda x: (-x[1], x[0])) if s > 0]
-                for rank, document in enumerate(found, 1):
+                found = sorted(part.rankings[query].items(), key=lambda x: (-x[1], x[0]))
+                for rank, document in enumerate([d for d, s in found if s > 0], 1):
                     scores[document] = scores.get(document, 0) + 1 / (60 + rank)
         return fused
 
@@ -105,13 +108,15 @@ def compare(path, tasks, batch_size, device):
     import eval as evaluation
     folder = Path(path, "sparse")
     if not (folder / "modules.json").is_file():
-        raise evaluation.Error(f"expected CKPT/sparse for --sparse, found none in {path}; train it with t2t.py")
+        raise evaluation.Error(f"expected CKPT/sparse for --sparse, got none in {path}; train it with t2t.py")
+    sparse_encoder = SparseEncoder(str(folder), device=None if device == "auto" else device)
     encoders = {"dense": SentenceTransformerEncoderWrapper(evaluation.load(path, device)),
-                "sparse": SparseEncoderWrapper(SparseEncoder(str(folder), device=None if device == "auto" else device))}
+                "sparse": SparseEncoderWrapper(sparse_encoder)}
     table, options = {}, {"batch_size": batch_size, "show_progress_bar": False}
 
     def score(name, model, task):
-        got = mteb.evaluate(model, [task], cache=None, encode_kwargs=options, co2_tracker=False, show_progress_bar=False)
+        got = mteb.evaluate(model, [task], cache=None, encode_kwargs=options, co2_tracker=False,
+                            show_progress_bar=False)
         table.setdefault(name, {})[task.metadata.name] = round(100 * got.task_results[0].get_score(), 2)
 
     for task in tasks:
@@ -128,7 +133,7 @@ def compare(path, tasks, batch_size, device):
         for name, model in ranked.items():
             score(name, model, task)
             table[name].setdefault("cost", {})[task.metadata.name] = model.cost
-        for names in (["dense", "sparse"], ["dense", "BM25"], ["sparse", "BM25"], ["dense", "sparse", "BM25"]):
+        for names in (*map(list, combinations(ranked, 2)), list(ranked)):
             score(" + ".join(names), Fusion("-".join(names), [ranked[n] for n in names]), task)
         task.unload_data()
     return table
@@ -138,7 +143,8 @@ def render(table, tasks):
     """Markdown; costs are of the first retrieval task."""
     costs = ["non-zeros a document", "index MB", "ms to encode a query", "ms to search"]
     first = next((t for t in tasks if t in table["dense"].get("cost", {})), None)
-    lines = ["| | " + " | ".join([*tasks, *costs * bool(first)]) + " |", "|---|" + "---:|" * (len(tasks) + 4 * bool(first))]
+    columns = [*tasks, *costs * bool(first)]
+    lines = ["| | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
     for name, row in table.items():
         cost = row.get("cost", {}).get(first, {})
         show = [f"{row[t]:.2f}" if t in row else "" for t in tasks] + [
@@ -166,7 +172,8 @@ def evaluate(paths, tasks=None, data_dir=None, out="results/mteb", batch_size=32
         chosen = [evaluation.localize(t, data_dir) if data_dir else t for t in chosen]
         t0, name = time.time(), Path(path).resolve().name
         table = compare(path, chosen, batch_size, device)
-        facts = {"command": command, "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()), "rows": table,
+        date = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
+        facts = {"command": command, "date": date, "rows": table,
                  "seconds": round(time.time() - t0, 1), "threads": torch.get_num_threads(),
                  "versions": {p: version(p) for p in ("mteb", "torch", "sentence-transformers", "bm25s")}}
         page = f"{name}, scores x 100\n\n{render(table, [t.metadata.name for t in chosen])}"

@@ -396,8 +396,8 @@ class Embedder:
     def pooled(self, ids, batch_size=64):
         """list of N id lists -> (N,C) float32: what the head reads."""
         h = np.zeros((len(ids), head(self.model).weight.shape[1]), np.float32)
-        order = sorted((n for n in range(len(ids)) if len(ids[n])), key=lambda n: -len(ids[n]))  # less padding
-        for rows in blocks(order, batch_size):
+        order = sorted((n for n in range(len(ids)) if len(ids[n])), key=lambda n: -len(ids[n]))
+        for rows in blocks(order, batch_size):                             # of like lengths: less padding
             x, mask = pad([ids[n] for n in rows], self.tok.pad_token_id, self.model.device)
             h[rows] = pool(states(self.model, x, mask).float(), mask, self.pooling).cpu().numpy()
         return h
@@ -702,7 +702,7 @@ def train(config, targets=None, on_step=None):
             elif config.method == "mntp":
                 parts = mntp(read, batch, functools.partial(token_nll, H=H, impl=impl), dropout, blank)
             else:
-                indices, probs = (torch.from_numpy(a[texts]).to(device) for a in (q.indices, q.probs))  # (B,K)
+                indices, probs = (torch.from_numpy(a[texts]).to(device) for a in q[:2])              # (B,K)
                 parts = predict_targets(read, batch, H, impl, indices, probs, config.token_loss, canon)
             while part := in_precision(next)(parts, None):
                 part[1].backward()

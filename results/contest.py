@@ -1,15 +1,15 @@
-"""The contest: token targets against contrastive learning, on one backbone, the same texts and the same number of them.
+"""The contest: token targets against contrastive learning, on one backbone and the same number of the same texts.
 
     python results/contest.py --data-dir DIR                         # all cells, three seeds; resumes
     python results/contest.py --data-dir DIR --cells data --seeds 1  # one cell of the table again
     python results/contest.py --data-dir DIR --tune                  # the trials on validation splits
     python results/contest.py --data-dir DIR --curves                # what happens during training
 
-A trained cell is one call of t2t.train; `init` names the cell whose checkpoint it starts from. An untrained cell is
-a reading of results/readings.py. Every vector is scored twice: as it is, and whitened (t2t.whiten, from 2,048
-texts of the corpus) -- so no method wins by what could be done to all of them. Tests splits are scored once, with the
-settings that --tune found; it looks at STSBenchmark validation and Banking77 train only, and gives every method
-three trials of its own. Cells are kept in --runs, tables in results/contest-CORPUS.json and .md.
+A trained cell is one call of t2t.train; `init` names the cell whose checkpoint it starts from. An untrained cell
+is a reading of results/readings.py. Every vector is scored twice: as it is, and whitened (t2t.whiten, from 2,048
+texts of the corpus) -- so no method wins by what could be done to all of them. Test splits are scored with the
+settings that --tune found; it looks at STSBenchmark validation and Banking77 train only. Cells are kept in --runs,
+tables in results/contest-CORPUS.json and .md.
 """
 import argparse
 import gzip
@@ -25,7 +25,6 @@ sys.path[:0] = [str(ROOT), str(ROOT / "results")]
 
 import mteb  # noqa: E402
 import numpy as np  # noqa: E402
-import torch  # noqa: E402
 from readings import Reading, readings  # noqa: E402
 from scipy.stats import spearmanr  # noqa: E402
 from scipy.stats import t as t_distribution  # noqa: E402
@@ -34,7 +33,7 @@ import analyze  # noqa: E402
 import eval as evaluation  # noqa: E402
 import t2t  # noqa: E402
 
-READINGS = ["mean", "last", "prompt", "echo", "mean - PC", "head rows", "SIF", "tf-idf"]   # of results/readings.py
+READINGS = ["mean", "last", "prompt", "echo", "mean - PC", "head rows", "SIF", "tf-idf"]     # of readings.py
 STS = ["STS12", "STS13", "STSBenchmark"]
 CONTRAST = dict(method="simcse", batch_size=128, micro_batch=8, lr=3e-4)
 PREDICT = dict(method="mntp", batch_size=64, lr=3e-4)
@@ -62,9 +61,8 @@ TRIALS = {                                             # the best of each stands
     "model": [dict(lr=1e-3), dict(lr=2e-3), dict(lr=4e-3)],
 }
 BASE = {"simcse": CONTRAST, "mntp": PREDICT, "data": TARGET, "model": TARGET | dict(method="model")}
-CLAIMS = [("data", "simcse"), ("data", "mntp, simcse"), ("both", "mntp, simcse"), ("data", "SIF"), ("data", "tf-idf"),
-          ("data", "model"), ("data", "both"), ("data", "data, model"), ("data", "data, causal"), ("data", "data, last"),
-          ("data", "data, no dropout"), ("data", "data, no single tokens")]
+CLAIMS = [("data", x) for x in ("simcse", "mntp, simcse", "mean", "SIF", "tf-idf", "model", "both", "data, model",
+                                "data, causal", "data, last", "data, no dropout", "data, no single tokens")]
 
 
 # ------------------------------------------------------------------------------------------------- one cell
@@ -83,19 +81,20 @@ def train(name, settings, seed, a, stages=CELLS, watch=None):
             settings["init"] = str(place(before, seed, a))
         resume = (folder / "state" / "last.pt").exists()
         t2t.train(t2t.Config(backbone=a.backbone, corpus=a.corpus, out=str(folder), seed=seed, resume=resume,
-                             steps=a.texts // settings["batch_size"], save_every=100, **settings), on_step=watch)
+                             steps=a.texts // settings["batch_size"], save_every=100, **settings), None, watch)
     return t2t.Embedder.load(folder), folder
 
 
 def curves(a, points=8):
     """results/trajectories.json, which analyze.py draws: alignment, quality and STSBenchmark validation at nine
-    moments of one run of `data` and one of `simcse`."""
+    moments of a run of `data` and of one of `simcse`."""
     found = {}
     for name in ("data", "simcse"):
         model, tok = t2t.load_backbone(a.backbone, t2t.Config.attention)
         before = t2t.Embedder(model, tok, t2t.Config.pooling, t2t.Config.max_length)
         tokens = corpus_of(a, tok, len(t2t.head(model).weight))
-        ids = [i for i in map(tokens.text, t2t.order_of_texts(0, 0, len(tokens.start) - 1)) if len(i) >= 8][:300]
+        order = t2t.order_of_texts(0, 0, len(tokens.start) - 1)
+        ids = [i for i in map(tokens.text, order) if len(i) >= 8][:300]
         B, line = CELLS[name]["batch_size"], found.setdefault(name, [])
 
         def watch(step, embedder):
@@ -106,8 +105,8 @@ def curves(a, points=8):
         watch(0, before)
         shutil.rmtree(place(f"{name} watched", a.seeds[0], a), ignore_errors=True)
         train(f"{name} watched", CELLS[name], a.seeds[0], a, watch=watch)
-    command = f"python results/contest.py --curves --texts {a.texts} --data-dir DIR"
-    (ROOT / "results" / "trajectories.json").write_text(json.dumps({"command": command, "curves": found}, indent=1) + "\n")
+    facts = {"command": f"python results/contest.py --curves --texts {a.texts} --data-dir DIR", "curves": found}
+    (ROOT / "results" / "trajectories.json").write_text(json.dumps(facts, indent=1) + "\n")
 
 
 def corpus_of(a, tok, V):
@@ -140,14 +139,15 @@ def score(read, tasks):
     scores, items = {}, {}
     for task in tasks:
         name = task.metadata.name
-        task.load_data()                               # once for all cells; unload_data forgets that it is local
+        task.load_data()                               # once: unload_data would forget that it is local
         if name in STS:                                # as mteb does it (tests/test_contest.py), items kept
             rows = task.dataset["test"]
             gold = np.array(rows["score"], np.float32)
             items[name] = cosines(read, rows["sentence1"], rows["sentence2"]), gold
             scores[name] = 100 * spearmanr(*items[name]).statistic
         else:
-            found = mteb.evaluate(Reading("cell", read), [task], cache=None, co2_tracker=False, show_progress_bar=False)
+            found = mteb.evaluate(Reading("cell", read), [task], cache=None, co2_tracker=False,
+                                  show_progress_bar=False)
             scores[name] = 100 * found.task_results[0].get_score()
     return {k: round(float(v), 2) for k, v in scores.items()}, items
 
@@ -167,7 +167,8 @@ def cell(name, seed, tasks, a, untrained, some):
     else:
         embedder, folder = train(name, CELLS[name], seed, a)
         made = json.loads((folder / "t2t.json").read_text())
-        facts = {k: made[k] for k in ("command", "loss", "constant", "texts_seen", "seconds", "versions", "corpus_hash")}
+        facts = {k: made[k] for k in ("command", "loss", "constant", "texts_seen", "seconds", "versions",
+                                      "corpus_hash")}
         read, W = once(lambda texts: embedder.pooled(embedder.ids(texts))), embedder.W
     arrays = dict(np.load(file)) if file.exists() else {}
     for how, reading in [("as it is", read)] + [("whitened", whitened(read, W))] * (W is not None):
@@ -200,7 +201,8 @@ def validation(read, data_dir, bank=True):
     X = X / np.maximum(np.linalg.norm(X, axis=1, keepdims=True), 1e-9)
     X, y = (X - X[first].mean(0)) / X.std(), np.array(y)
     fit = LogisticRegression(max_iter=200).fit(X[first], y[first])
-    return {"STSBenchmark validation": round(sts, 2), "Banking77 train": round(100 * fit.score(X[~first], y[~first]), 2)}
+    accuracy = 100 * fit.score(X[~first], y[~first])
+    return {"STSBenchmark validation": round(sts, 2), "Banking77 train": round(accuracy, 2)}
 
 
 def tune(a):
@@ -214,10 +216,12 @@ def tune(a):
             t0, stage = time.time(), f"trial-{method}-{n}"
             embedder, folder = train(stage, BASE[method] | trial, a.seeds[0], a)
             if method == "mntp":
-                embedder, folder = train(f"{stage}-simcse", CONTRAST | dict(init=stage), a.seeds[0], a, {stage: {}})
+                embedder, folder = train(f"{stage}-simcse", CONTRAST | dict(init=stage), a.seeds[0], a,
+                                         {stage: {}})
             read = once(lambda texts: embedder.pooled(embedder.ids(texts)))
             row = {"method": method, "trial": trial, "texts": a.texts, "as it is": validation(read, a.data_dir),
-                   "whitened": validation(whitened(read, embedder.W), a.data_dir), "seconds": round(time.time() - t0)}
+                   "whitened": validation(whitened(read, embedder.W), a.data_dir),
+                   "seconds": round(time.time() - t0)}
             with open(file, "a") as f:
                 f.write(json.dumps(row) + "\n")
             print(row, flush=True)
@@ -229,7 +233,7 @@ def tune(a):
 def bootstrap(one, two, draws=1000):
     """Paired bootstrap over the pairs of each STS task of mean Spearman(one) - mean Spearman(two), x 100.
 
-    one, two: for each seed {task: (2,n) cosines and gold}; the mean over seeds is compared. -> mean, 2.5 %, 97.5 %"""
+    one, two: for each seed {task: (2,n) cosines and gold}; means over seeds are compared -> mean, 2.5 %, 97.5 %"""
     rng, diffs = np.random.default_rng(0), []
     mean = lambda runs, rows: np.mean([spearmanr(*run[t][:, rows[t]]).statistic for run in runs for t in STS])
     full = {t: np.arange(one[0][t].shape[1]) for t in STS}
@@ -261,32 +265,37 @@ def report(a):
             scores = [f["scores"][how] for f, _ in runs[name] if how in f["scores"]]
             if not scores:
                 continue
-            every = [dict(x) | ({"mean STS": np.mean([x[t] for t in STS])} if set(STS) <= set(x) else {}) for x in scores]
-            row[how] = {t: interval([x[t] for x in every if t in x]) for t in dict.fromkeys(k for x in every for k in x)}
+            for x in scores:
+                x |= {"mean STS": np.mean([x[t] for t in STS])} if set(STS) <= set(x) else {}
+            names = dict.fromkeys(k for x in scores for k in x)
+            row[how] = {t: interval([x[t] for x in scores if t in x]) for t in names}
     claims = []
     for one, two in CLAIMS:
         for how in ("as it is", "whitened"):
             items = lambda name: [{t: arrays[f"{h}/{t}"] for t in STS} for _, arrays in runs.get(name, [])
                                   for h in [how if f"{how}/{STS[0]}" in arrays else "as it is"]]
             if items(one) and items(two):
-                claims.append({"claim": f"{one} > {two}", "vectors": how, "mean STS": bootstrap(items(one), items(two)),
-                               "seeds": [len(items(one)), len(items(two))]})
+                claims.append({"claim": f"{one} > {two}", "vectors": how,
+                               "mean STS": bootstrap(items(one), items(two)), "seeds": [len(items(one)), len(items(two))]})
     trials = Path(a.runs) / "trials.jsonl"
-    facts = {"command": f"python results/contest.py --corpus {Path(a.corpus).name} --texts {a.texts} --data-dir DIR",
-             "texts a run": a.texts, "versions": {p: version(p) for p in ("torch", "transformers", "mteb", "scipy")},
+    command = f"python results/contest.py --corpus {Path(a.corpus).name} --texts {a.texts} --data-dir DIR"
+    facts = {"command": command, "texts a run": a.texts,
+             "versions": {p: version(p) for p in ("torch", "transformers", "mteb", "scipy")},
              "rows": table, "claims": claims,
              "trials": [json.loads(x) for x in trials.read_text().splitlines()] if trials.exists() else []}
     out = ROOT / "results" / f"contest-{Path(a.corpus).name}"
     out.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n")
     columns = [*STS, "mean STS", "Banking77Classification"]
-    text = [f"{a.texts:,} texts of {Path(a.corpus).name} a run; scores x 100, whitened vectors; mean and 95 % interval over seeds",
-            "", "| | seeds | " + " | ".join(columns) + " | mean STS as it is |", "|---|---:|" + "---:|" * (len(columns) + 1)]
+    text = [f"{a.texts:,} texts of {Path(a.corpus).name} a run; scores x 100, whitened vectors; mean and 95 % "
+            "interval over seeds", "", "| | seeds | " + " | ".join(columns) + " | mean STS as it is |",
+            "|---|---:|" + "---:|" * (len(columns) + 1)]
     show = lambda x: "" if x is None else f"{x[0]:.2f}" + ("" if x[1] is None else f" ± {x[1]:.2f}")
     for name, row in table.items():
         best = row.get("whitened", row["as it is"])
         text.append(f"| {name} | {len(row['seeds']) or ''} | " + " | ".join(show(best.get(c)) for c in columns)
                     + f" | {show(row['as it is'].get('mean STS'))} |")
-    text += ["", "| claim | vectors | seeds | difference of mean STS | 95 % of the bootstrap |", "|---|---|---|---:|---:|"]
+    text += ["", "| claim | vectors | seeds | difference of mean STS | 95 % of the bootstrap |",
+             "|---|---|---|---:|---:|"]
     text += [f"| {c['claim']} | {c['vectors']} | {c['seeds'][0]}, {c['seeds'][1]} | {c['mean STS'][0]:+.2f} | "
              f"{c['mean STS'][1]:+.2f} to {c['mean STS'][2]:+.2f} |" for c in claims]
     out.with_suffix(".md").write_text("\n".join(text) + "\n")
