@@ -1,4 +1,4 @@
-"""The contest: token targets against contrastive learning, on one backbone and the same number of the same texts.
+"""The contest: token targets against contrastive learning, one backbone, the same number of the same texts.
 
     python results/contest.py --data-dir DIR                         # all cells, three seeds; resumes
     python results/contest.py --data-dir DIR --cells data --seeds 1  # one cell of the table again
@@ -276,7 +276,8 @@ def report(a):
                                   for h in [how if f"{how}/{STS[0]}" in arrays else "as it is"]]
             if items(one) and items(two):
                 claims.append({"claim": f"{one} > {two}", "vectors": how,
-                               "mean STS": bootstrap(items(one), items(two)), "seeds": [len(items(one)), len(items(two))]})
+                               "mean STS": bootstrap(items(one), items(two)),
+                               "seeds": [len(items(one)), len(items(two))]})
     trials = Path(a.runs) / "trials.jsonl"
     command = f"python results/contest.py --corpus {Path(a.corpus).name} --texts {a.texts} --data-dir DIR"
     facts = {"command": command, "texts a run": a.texts,

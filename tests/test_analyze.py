@@ -15,7 +15,7 @@ from corpus import Error
 
 
 def test_alignment_by_hand():
-    """Text 0 = {0, 1}: its two best tokens are 0 and 5, one of two. Text 1 = {2}: its best is 3, none; 2 comes second.
+    """Text 0 = {0, 1}: its two best tokens are 0 and 5, one of two. Text 1 = {2}: its best is 3, none; 2 is next.
     hit@2: both. local (1/2 + 0) / 2. global: {0} of {0, 1, 2}."""
     z = torch.tensor([[9.0, 1, 0, 0, 0, 8], [0, 0, 7, 9, 0, 0]])
     got = analyze.alignment(z, [{0, 1}, {2}], k=2)
@@ -51,11 +51,11 @@ def test_shift_by_hand():
     assert shift == pytest.approx(-(base @ u).mean() / abs((base @ u).mean()) + (np.array([4, 7]) @ u) / abs(
         (base @ u).mean()), abs=1e-9)
     np.testing.assert_allclose((moved @ u).mean(), np.array([4.0, 7]) @ u)
-    np.testing.assert_allclose(moved - np.outer(moved @ u, u), base - np.outer(base @ u, u), atol=1e-9)   # the rest stays
+    np.testing.assert_allclose(moved - np.outer(moved @ u, u), base - np.outer(base @ u, u), atol=1e-9) 
 
 
 def test_halves():
-    """A reading that knows its text by its largest token finds every other half; one that knows nothing, the first."""
+    """A reading that knows a text by its largest token finds every half; one that knows nothing, the first."""
     ids = [np.array([7, 1, 7, 1]), np.array([1, 5, 1, 5]), np.array([9, 0, 0, 9])]
     one_hot = lambda rows: np.stack([np.eye(10)[max(r)] for r in rows])
     assert analyze.halves(ids, one_hot) == 1.0
@@ -63,12 +63,12 @@ def test_halves():
 
 
 def test_derived_by_hand(backbone):
-    """A head that lights up `cat` for every text: related to the text with a dog, not to the one with a cat (it is *in*
-    that one) nor to the third."""
+    """A head that lights up `cat` for every text: related to the text with a dog, not to the one with a cat (it is
+    *in* that one) nor to the third."""
     e = t2t.Embedder.load(str(backbone))
     word = lambda w: e.tok(w, add_special_tokens=False)["input_ids"]
     ids = [np.array(word(f"The {w} sees")) for w in ("dog", "cat", "river")]
-    canon = {w: next(v for v, t in enumerate(e.words.text) if t == w and e.words.canon[v] == v) for w in ("dog", "cat")}
+    canon = {t: v for v, t in enumerate(e.words.text) if t in ("dog", "cat") and e.words.canon[v] == v}
     e.pooled = lambda rows: np.zeros((len(rows), 1), np.float32)
     analyze_logits, V = analyze.logits, len(e.words.canon)
 
@@ -95,8 +95,8 @@ def test_wordnet_knows_its_neighbours():
 # ------------------------------------------------------------------------------------------------- the page
 def test_page_and_picture(backbone, texts_file, tmp_path):
     out = Path(t2t.train(config(backbone, texts_file, tmp_path / "ckpt", steps=100, lr=1e-2)))
-    run = subprocess.run([sys.executable, "analyze.py", str(out), "The wolf sees the goat."], cwd=ROOT, capture_output=True,
-                         text=True)
+    run = subprocess.run([sys.executable, "analyze.py", str(out), "The wolf sees the goat."], cwd=ROOT,
+                         capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert run.stdout.startswith("The wolf sees the goat.\n    before") and "first PC" in run.stdout
     facts = json.loads((out / "analysis.json").read_text())

@@ -68,8 +68,8 @@ def test_two_stages_from_nothing(data, backbone, texts_file, tmp_path, monkeypat
     monkeypatch.setattr(contest, "ROOT", tmp_path)
     (tmp_path / "results").mkdir()
     monkeypatch.setattr(contest, "STS", ["STS12", "STSBenchmark"])
-    args = ["contest.py", "--data-dir", data, "--corpus", str(texts_file), "--backbone", str(backbone), "--seeds", "1", "2",
-            "--runs", str(tmp_path / "runs"), "--texts", "256", "--tasks", "STS12", "STSBenchmark", "--cells",
+    args = ["contest.py", "--data-dir", data, "--corpus", str(texts_file), "--backbone", str(backbone),
+            "--seeds", "1", "2", "--runs", str(tmp_path / "runs"), "--texts", "256", "--tasks", "STS12", "STSBenchmark", "--cells",
             "mntp, simcse", "data, causal"]
     monkeypatch.setattr(sys, "argv", args)
     contest.main()

@@ -24,14 +24,14 @@ class Fixed(torch.nn.Module):
 
 
 def test_simcse_by_hand():
-    """Two texts at a right angle, read alike twice: cosines 1 and 0, so L = log(1 + exp(-1 / tau)); scale is free."""
+    """Two texts at a right angle, read alike twice: cosines 1 and 0, L = log(1 + exp(-1 / tau)); scale is free."""
     h = torch.tensor([[3.0, 0.0], [0.0, 0.5]], requires_grad=True)
     for parts in ([(0, 2)], [(0, 1), (1, 2)]):                       # in one part or two: the same loss
         model = Fixed().eval()
         [(shown, L)] = t2t.simcse(lambda a, b: (None, h[a:b]), parts, model, 0.3, 0.5)
         assert_close(L, torch.tensor(math.log1p(math.exp(-2))), rtol=1e-6, atol=0)
         assert shown == L.detach() and not model.training and model.attention_dropout == 0.3
-    other = iter([h, h.flip(0)])                                      # the second reading swapped: cosines 0 and 1
+    other = iter([h, h.flip(0)])                                      # second reading swapped: cosines 0 and 1
     [(_, L)] = t2t.simcse(lambda *_: (None, next(other)), [(0, 2)], Fixed(), 0.3, 0.5)
     assert_close(L, torch.tensor(math.log1p(math.exp(2))), rtol=1e-6, atol=0)
 
@@ -83,7 +83,8 @@ def test_mntp_reads_the_state_before_the_gap():
     torch.manual_seed(0)
     [(shown, L)] = t2t.mntp(knows(1), [(ids, mask)], nll, 0.5, blank)
     hidden = given[0] != ids
-    assert 0 < hidden.sum() < mask.sum() and (given[0][hidden] == blank).all() and not (hidden & (mask == 0)).any()
+    assert 0 < hidden.sum() < mask.sum() and not (hidden & (mask == 0)).any()
+    assert (given[0][hidden] == blank).all()
     assert_close(L, torch.tensor(0.0), atol=1e-6, rtol=0)
     torch.manual_seed(0)
     [(_, L)] = t2t.mntp(knows(0), [(ids, mask)], nll, 0.5, blank)
@@ -116,7 +117,7 @@ def test_whiten():
         np.testing.assert_allclose(after / after.mean(), before ** (1 - power) / (before ** (1 - power)).mean(),
                                    rtol=1e-3)
     np.testing.assert_allclose(t2t.whiten(h, 0.0), np.eye(8), atol=1e-6)
-    few = t2t.whiten(h[:3], 1.0)                                      # directions never seen: finite, by the ridge
+    few = t2t.whiten(h[:3], 1.0)                                      # directions never seen: the ridge
     assert np.isfinite(few).all()
 
 

@@ -31,7 +31,7 @@ def test_sparse_store_counts_what_it_holds():
     store = retrieval.Store()
     store.add_documents(dense.to_sparse(), None)
     values, top = store.search(torch.tensor([[1.0, 1, 0, 2]]).to_sparse(), 3, None)
-    assert top == [[2, 0, 1]] and values == [[5.0, 4.0, 0.0]]              # dot products: 3 + 2, 2 + 2, nothing
+    assert top == [[2, 0, 1]] and values == [[5.0, 4.0, 0.0]]             # dot products: 3 + 2, 2 + 2, nothing
     assert store.nonzeros == pytest.approx(4 / 3)
     held = csr_matrix(dense.numpy())
     assert store.bytes == held.data.nbytes + held.indices.nbytes + held.indptr.nbytes
@@ -83,8 +83,8 @@ def test_the_whole_table(scifact, backbone, texts_file, tmp_path, capsys, monkey
     ckpt = t2t.train(config(backbone, texts_file, tmp_path / "ckpt", steps=300, lr=1e-2, dropout=0.0, top_k=32))
     capsys.readouterr()
     import eval as ev
-    assert ev.main([ckpt, "--sparse", "--tasks", "SciFact", "--data-dir", str(scifact), "--out", str(tmp_path / "out"),
-                    "--device", "cpu"]) == 0
+    assert ev.main([ckpt, "--sparse", "--tasks", "SciFact", "--data-dir", str(scifact),
+                    "--out", str(tmp_path / "out"), "--device", "cpu"]) == 0
     page = capsys.readouterr().out
     rows = json.loads((tmp_path / "out" / "sparse-ckpt.json").read_text())["rows"]
     assert (tmp_path / "out" / "sparse-ckpt.md").read_text() == page

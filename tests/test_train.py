@@ -254,7 +254,8 @@ def test_explain_adds_up(checkpoint):
     z = SparseEncoder(str(checkpoint / "sparse"), device="cpu").encode([a, b]).to_dense().cpu()
     assert score == pytest.approx(torch.cosine_similarity(z[0], z[1], dim=0).item(), abs=1e-4)
     assert score == pytest.approx(sum(p for _, p in parts), abs=1e-5)
-    assert {"wolf", "goat"} & {w for w, _ in parts} and [p for _, p in parts] == sorted((p for _, p in parts))[::-1]
+    assert {"wolf", "goat"} & {w for w, _ in parts}
+    assert [p for _, p in parts] == sorted((p for _, p in parts), reverse=True)
     assert e.explain(b, a, 8)[0] == pytest.approx(score, abs=1e-6)
     assert e.explain(a, a)[0] == pytest.approx(1, abs=1e-5)
 
@@ -274,7 +275,8 @@ def test_what_is_written_down(checkpoint):
     (["--temperature", "0"], "--temperature: expected"), (["--stesp", "3"], "unrecognized arguments"),
     (["--method", "simcse", "--batch-size", "1"], "--batch-size: expected 2 or more"),
     (["--dropout", "1"], "--dropout: expected a share from 0 to below 1"),
-    (["--method", "mntp", "--show-targets", "3"], "expected a method that has targets"), (["--impl", "fast"], "invalid choice")])
+    (["--method", "mntp", "--show-targets", "3"], "expected a method that has targets"),
+    (["--impl", "fast"], "invalid choice")])
 def test_bad_arguments_end_at_once(args, says):
     t0 = time.time()
     run = cli(*args)
