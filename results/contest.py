@@ -26,7 +26,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "results")]
 import mteb  # noqa: E402
 import numpy as np  # noqa: E402
 from readings import Reading, readings  # noqa: E402
-from scipy.stats import spearmanr  # noqa: E402
+from scipy.stats import rankdata, spearmanr  # noqa: E402
 from scipy.stats import t as t_distribution  # noqa: E402
 
 import analyze  # noqa: E402
@@ -233,15 +233,20 @@ def tune(a):
 def bootstrap(one, two, draws=1000):
     """Paired bootstrap over the pairs of each STS task of mean Spearman(one) - mean Spearman(two), x 100.
 
-    one, two: for each seed {task: (2,n) cosines and gold}; means over seeds are compared -> mean, 2.5 %, 97.5 %"""
-    rng, diffs = np.random.default_rng(0), []
-    mean = lambda runs, rows: np.mean([spearmanr(*run[t][:, rows[t]]).statistic for run in runs for t in STS])
-    full = {t: np.arange(one[0][t].shape[1]) for t in STS}
-    for _ in range(draws):
-        rows = {t: rng.integers(0, len(n), len(n)) for t, n in full.items()}
-        diffs.append(mean(one, rows) - mean(two, rows))
-    low, high = np.percentile(diffs, [2.5, 97.5])
-    return [round(100 * float(x), 2) for x in (mean(one, full) - mean(two, full), low, high)]
+    one, two: for each seed {task: (2,n) cosines and gold}; means over seeds are compared -> mean, 2.5 %, 97.5 %.
+    Ranks are those in the whole task: a draw correlates the ranks of its pairs."""
+    rng, diffs, full = np.random.default_rng(0), np.zeros(draws), 0.0
+    for t in STS:
+        rows = rng.integers(0, one[0][t].shape[1], (draws, one[0][t].shape[1]))
+        for runs, sign in ((one, 1), (two, -1)):
+            for run in runs:
+                x, y = rankdata(run[t], axis=1)
+                X, Y = x[rows], y[rows]                                # (draws,n)
+                X, Y = X - X.mean(1, keepdims=True), Y - Y.mean(1, keepdims=True)
+                r = (X * Y).sum(1) / np.sqrt((X * X).sum(1) * (Y * Y).sum(1))
+                diffs += sign * r / len(runs) / len(STS)
+                full += sign * np.corrcoef(x, y)[0, 1] / len(runs) / len(STS)
+    return [round(100 * float(x), 2) for x in (full, *np.percentile(diffs, [2.5, 97.5]))]
 
 
 def interval(values):
