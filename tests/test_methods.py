@@ -73,7 +73,7 @@ def test_mntp_reads_the_state_before_the_gap():
     ids = torch.tensor([[1, 5, 6, 7, 8, 2, 9], [1, 3, 4, 5, 0, 0, 0]])
     mask = torch.tensor([[1] * 7, [1] * 4 + [0] * 3])
     H, given = t2t.Head(torch.eye(V) * 50, None), []
-    nll = lambda x, v: t2t.token_nll(x, v, H, "torch")
+    nll, special = lambda x, v: t2t.token_nll(x, v, H, "torch"), torch.tensor([1, 2])
 
     def knows(shift):
         def read(x, m):
@@ -81,26 +81,29 @@ def test_mntp_reads_the_state_before_the_gap():
             return F.one_hot(ids.roll(-shift, 1), V).float(), None
         return read
     torch.manual_seed(0)
-    [(shown, L)] = t2t.mntp(knows(1), [(ids, mask)], nll, 0.5, blank)
+    [(shown, L)] = t2t.mntp(knows(1), [(ids, mask)], nll, 0.5, blank, special)
     hidden = given[0] != ids
     assert 0 < hidden.sum() < mask.sum() and not (hidden & (mask == 0)).any()
-    assert (given[0][hidden] == blank).all()
+    assert (given[0][hidden] == blank).all() and not torch.isin(ids[hidden], special).any()
     assert_close(L, torch.tensor(0.0), atol=1e-6, rtol=0)
     torch.manual_seed(0)
-    [(_, L)] = t2t.mntp(knows(0), [(ids, mask)], nll, 0.5, blank)
+    [(_, L)] = t2t.mntp(knows(0), [(ids, mask)], nll, 0.5, blank, special)
     assert L > 30                                                     # 50 minus what repeats by chance
     torch.manual_seed(0)                                              # parts of a batch add up to the whole
-    assert sum(x for _, x in t2t.mntp(knows(0), [(ids, mask)], nll, 0.5, blank)) == L
+    assert sum(x for _, x in t2t.mntp(knows(0), [(ids, mask)], nll, 0.5, blank, special)) == L
 
 
 # -------------------------------------------------------------------------------------------- input dropout
 def test_leave_out():
     ids = np.arange(10_000)
-    np.testing.assert_array_equal(t2t.leave_out(ids, 0.0), ids)
-    kept = t2t.leave_out(ids, 0.2)
-    assert len(kept) == 8_000 and (np.diff(kept) > 0).all() and len(set(kept)) == 8_000      # in order
-    assert abs((kept < 5_000).mean() - 0.5) < 0.02 and not np.array_equal(kept, t2t.leave_out(ids, 0.2))
-    assert len(t2t.leave_out(ids[:1], 0.99)) == 1 and len(t2t.leave_out(ids[:0], 0.2)) == 0
+    special, none = np.array([0, 17]), np.array([], int)
+    np.testing.assert_array_equal(t2t.leave_out(ids, 0.0, special), ids)
+    kept = t2t.leave_out(ids, 0.2, none)
+    assert len(kept) == 8_000 and (np.diff(kept) > 0).all()              # in order
+    assert abs((kept < 5_000).mean() - 0.5) < 0.02 and not np.array_equal(kept, t2t.leave_out(ids, 0.2, none))
+    for _ in range(20):
+        assert {0, 17} <= set(t2t.leave_out(ids[:20], 0.9, special))     # what begins and ends a text stays
+    assert len(t2t.leave_out(ids[:1], 0.4, none)) == 1 and len(t2t.leave_out(ids[:0], 0.2, none)) == 0
 
 
 # ------------------------------------------------------------------------------------------------ whitening

@@ -38,9 +38,9 @@ def test_sparse_store_counts_what_it_holds():
 
 
 def test_fusion_by_hand():
-    """a: x, y. b: y, then z at zero, which is no match. y: 1/62 + 1/61; x: 1/61."""
-    part = lambda scores: type("part", (), {"rankings": {"q": scores}})()
-    fused = retrieval.Fusion("a-b", [part({"x": 9.0, "y": 8.0}), part({"z": 0.0, "y": 0.1})])
+    """a, dense: x, y, though below zero. b: y, then z at zero, no match. y: 1/62 + 1/61; x: 1/61."""
+    part = lambda dense, scores: type("part", (), {"rankings": {"q": scores}, "dense": dense})()
+    fused = retrieval.Fusion("a-b", [part(True, {"x": 9.0, "y": -8.0}), part(False, {"z": 0.0, "y": 0.1})])
     assert fused.search({"id": ["q"]}, 10) == {"q": pytest.approx({"x": 1 / 61, "y": 1 / 62 + 1 / 61})}
 
 
