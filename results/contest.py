@@ -153,10 +153,13 @@ def score(read, tasks):
 
 
 def cell(name, seed, tasks, a, untrained, some):
-    """Scores of a cell, from --runs where they stand."""
-    file = place(name, seed, a).with_suffix(".npz")
+    """Train and score one cell, unless it stands in --runs; write it there."""
+    file, same = place(name, seed, a).with_suffix(".npz"), {"settings": CELLS.get(name), "corpus": Path(a.corpus).name,
+                                                            "texts": a.texts, "backbone": Path(a.backbone).name}
     kept = json.loads(str(np.load(file)["facts"])) if file.exists() else {
-        "name": name, "seed": seed, "settings": CELLS.get(name), "texts": a.texts, "scores": {}}
+        "name": name, "seed": seed, **same, "scores": {}}
+    if {k: kept.get(k) for k in same} != same:
+        sys.exit(f"contest.py: error: expected a cell of {same} in {file}, got another: pass another --runs")
     missing = [t for t in tasks if t.metadata.name not in kept["scores"].get("as it is", {})]
     if not missing:
         return
@@ -177,8 +180,9 @@ def cell(name, seed, tasks, a, untrained, some):
         arrays |= {f"{how}/{t}": np.stack(x).astype(np.float32) for t, x in items.items()}
         print(f"{name} (seed {seed}), {how}:", scores, flush=True)
     kept |= facts | {"evaluation_seconds": round(time.time() - t0)}
-    beside = file.with_suffix(".new.npz")
-    np.savez_compressed(beside, **arrays | {"facts": json.dumps(kept)})
+    beside = file.with_suffix(".partial")              # no name that report would read
+    with open(beside, "wb") as f:
+        np.savez_compressed(f, **arrays | {"facts": json.dumps(kept)})
     beside.rename(file)
 
 
@@ -206,7 +210,7 @@ def validation(read, data_dir, bank=True):
 
 
 def tune(a):
-    """Each method's five trials; mntp is judged by what simcse makes of it."""
+    """Each method's trials; mntp is judged by what simcse makes of it."""
     file = Path(a.runs) / "trials.jsonl"
     done = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     for method in a.cells or TRIALS:
@@ -263,7 +267,7 @@ def report(a):
         arrays = dict(np.load(file))
         runs.setdefault((facts := json.loads(str(arrays.pop("facts"))))["name"], []).append((facts, arrays))
     table = {}
-    for name in sorted(runs, key=order.index):
+    for name in sorted(set(runs) & set(order), key=order.index):
         row = table[name] = {"settings": CELLS.get(name, "a reading of the backbone"),
                              "seeds": sorted(f["seed"] for f, _ in runs[name] if name in CELLS)}
         for how in ("as it is", "whitened"):
@@ -277,9 +281,11 @@ def report(a):
     claims = []
     for one, two in CLAIMS:
         for how in ("as it is", "whitened"):
-            items = lambda name: [{t: arrays[f"{h}/{t}"] for t in STS} for _, arrays in runs.get(name, [])
-                                  for h in [how if f"{how}/{STS[0]}" in arrays else "as it is"]]
-            if items(one) and items(two):
+            found = lambda name: [(arrays, how if f"{how}/{STS[0]}" in arrays else "as it is")
+                                  for _, arrays in runs.get(name, [])]
+            items = lambda name: [{t: arrays[f"{h}/{t}"] for t in STS} for arrays, h in found(name)]
+            complete = lambda name: found(name) and all(f"{h}/{t}" in arrays for arrays, h in found(name) for t in STS)
+            if complete(one) and complete(two):
                 claims.append({"claim": f"{one} > {two}", "vectors": how,
                                "mean STS": bootstrap(items(one), items(two)),
                                "seeds": [len(items(one)), len(items(two))]})
@@ -313,7 +319,7 @@ def main():
     p.add_argument("--data-dir", required=True)
     p.add_argument("--corpus", default="docstrings")
     p.add_argument("--backbone", default="tiny")
-    p.add_argument("--runs", default=str(ROOT / "runs" / "contest"))
+    p.add_argument("--runs", help="default: runs/contest-CORPUS-TEXTS")
     p.add_argument("--cells", nargs="+")
     p.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     p.add_argument("--texts", type=int, default=32000)
@@ -321,6 +327,9 @@ def main():
     p.add_argument("--tune", action="store_true")
     p.add_argument("--curves", action="store_true")
     a = p.parse_args()
+    a.runs = a.runs or str(ROOT / "runs" / f"contest-{Path(a.corpus).stem}-{a.texts}")
+    if unknown := set(a.cells or ()) - set(TRIALS if a.tune else [*READINGS, *CELLS]):
+        p.error(f"--cells: expected some of {', '.join([*READINGS, *CELLS])}, got {', '.join(sorted(unknown))}")
     Path(a.runs).mkdir(parents=True, exist_ok=True)
     if a.tune or a.curves:
         return tune(a) if a.tune else curves(a)
@@ -332,9 +341,9 @@ def main():
     tasks = [evaluation.localize(t, a.data_dir) for t in evaluation.pick(a.tasks)]
     for n, seed in enumerate(a.seeds):
         for name in a.cells or [*READINGS, *CELLS]:
-            if n == 0 or name not in untrained:        # a reading has no seed
-                cell(name, seed, tasks, a, untrained, some)
-            report(a)
+            if n == 0 or name not in untrained:
+                cell(name, 0 if name in untrained else seed, tasks, a, untrained, some)       # a reading has no seed
+    report(a)
 
 
 if __name__ == "__main__":
