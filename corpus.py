@@ -283,9 +283,9 @@ def read_tokens(source, tok, max_length, V, find_words, vocabulary):
                   np.load(folder / "df.npy"), (folder / "hash").read_text(), folder)
 
 
-def keep_targets(name, tokens, K, make, n_block):
-    """Targets of all texts -> indices (N,K), probs (N,K), memory-mapped, and constant = mean_b KL(q_b || m),
-    m the mean of all q: the honest zero. Made once, by the function that make() gives, n_block at a time."""
+def keep_targets(name, tokens, seen, K, make, n_block):
+    """Targets of the texts `seen` (others: none) -> indices (N,K), probs (N,K), memory-mapped, and constant =
+    mean_b KL(q_b || m), m the mean of q: the honest zero. Made once, by the function that make() gives."""
     import numpy as np
     from tqdm import tqdm
 
@@ -293,9 +293,10 @@ def keep_targets(name, tokens, K, make, n_block):
         N, V, q = len(tokens.start) - 1, len(tokens.df), make()
         indices = np.lib.format.open_memmap(folder / "indices.npy", "w+", np.int32, (N, K))
         probs = np.lib.format.open_memmap(folder / "probs.npy", "w+", np.float32, (N, K))
+        indices[:], probs[:] = -1, 0
         mean, plogp, valid = np.zeros(V), 0.0, 0
-        with tqdm(total=N, desc="targets", unit=" texts") as bar:
-            for block in blocks(range(N), n_block):
+        with tqdm(total=len(seen), desc="targets", unit=" texts") as bar:
+            for block in blocks(seen.tolist(), n_block):
                 i, p = q([tokens.text(n) for n in block])
                 width = ((0, 0), (0, K - i.shape[1]))
                 indices[block], probs[block] = np.pad(i, width, constant_values=-1), np.pad(p, width)

@@ -220,13 +220,15 @@ def targets_of(config, tokens, words, model, tok, custom=None):
 
 
 def build_targets(config, tokens, *given, custom=None):
-    """q for every text of the corpus, memory-mapped; `given` as targets_of takes it."""
-    data = config.method == "data"                                     # of the corpus alone
+    """q for every text of the corpus that training will see, memory-mapped; `given` as targets_of takes it."""
+    N, data = len(tokens.start) - 1, config.method == "data"           # of the corpus alone, quick: of all texts
+    first = N if data or custom else min(N, -(-config.steps // RUN) * RUN * config.batch_size)
+    seen = order_of_texts(config.seed, 0, N)[:first] if first < N else np.arange(N)
     name = None if custom else key(code(__file__), code(ops.__file__), str(tokens.folder), config.method,
                                    stamps(resolve(config.backbone)), config.top_k, config.temperature,
-                                   0 if data else config.seed, "" if data else str(given[1].dtype))
+                                   *([] if data else [config.seed, first, str(given[1].dtype)]))
     make = functools.partial(targets_of, config, tokens, *given, custom=custom)
-    return Targets(*keep_targets(name, tokens, config.top_k, make, 4096 if config.method == "data" else 64))
+    return Targets(*keep_targets(name, tokens, np.sort(seen), config.top_k, make, 4096 if data else 64))
 
 
 def data_targets(rows, words, idf, K, temperature):
@@ -517,7 +519,10 @@ def order_of_texts(seed, epoch, N):
     return np.random.default_rng((seed, epoch)).permutation(N)
 
 
-def batch_of(step, seed, lengths, B, pooled=16):
+RUN = 16                                                               # batches that share texts of like length
+
+
+def batch_of(step, seed, lengths, B, pooled=RUN):
     """-> (B,) the texts of a step: a function of (seed, step) alone, so a resumed run keeps the order.
 
     An epoch is a permutation; within each run of 16 batches texts of like length go together, to pad less."""
@@ -678,7 +683,7 @@ def train(config, targets=None, on_step=None):
         while at["step"] < config.steps and not interrupted:
             # ------------------------------------------------------------------------------ BEGIN: one step
             torch.manual_seed(config.seed * 1_000_003 + at["step"])    # so that there is no state to keep
-            texts, loss = batch_of(at["step"], config.seed, lengths, B, 1 if contrast else 16), 0.0     # (B,)
+            texts, loss = batch_of(at["step"], config.seed, lengths, B, 1 if contrast else RUN), 0.0     # (B,)
             seen = [leave_out(tokens.text(n), absent, special) for n in texts]                       # B x (T,)
             batch = [pad(part, tok.pad_token_id, device) for part in blocks(seen, config.micro_batch or B)]
             if contrast:

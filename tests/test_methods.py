@@ -162,3 +162,22 @@ def test_baselines_learn_and_stack(backbone, texts_file, tmp_path):
     facts = json.loads(Path(second, "t2t.json").read_text())
     assert facts["constant"] == pytest.approx(math.log(16)) and facts["loss"] < facts["constant"]
     assert "--init" in facts["command"] and not facts["ours"][0].startswith("tf-idf")
+
+
+def test_model_targets_only_of_texts_that_are_seen(backbone, texts_file, tmp_path, monkeypatch):
+    """Slow targets are made for the first runs of the first epoch alone; the steps that train on them stay the same."""
+    made, keep = [], t2t.keep_targets
+
+    def watched(name, tokens, seen, *rest):
+        made.append(len(seen))
+        return keep(name, tokens, seen, *rest)
+
+    def for_all(name, tokens, seen, *rest):
+        return keep(None, tokens, np.arange(len(tokens.start) - 1), *rest)
+    losses = []
+    for how in (watched, for_all):
+        monkeypatch.setattr(t2t, "keep_targets", how)
+        out = tmp_path / how.__name__
+        train(config(backbone, texts_file, out, method="model", steps=18, batch_size=4))
+        losses.append([r["loss"] for r in log(out)])
+    assert made == [2 * 16 * 4] and losses[0] == losses[1]                # 128 of 400 texts: two runs of 16 batches
