@@ -17,7 +17,7 @@ import json
 import sys
 from pathlib import Path
 
-from corpus import Error
+from corpus import Error, write_whole
 
 SAMPLE = 1000
 before_after = ("before", "after")
@@ -42,23 +42,35 @@ def alignment(z, sets, k=10):
             "global": len(found) / len(set().union(*sets))}
 
 
-def key_alignment(z, words, ids):
-    """`local` of alignment, over key words alone: z (N,V), words: t2t.Words, ids: N id arrays -> 0 to 1"""
+def key_words(ids, words):
+    """N id arrays -> N sets: the words that Text2Token trains on, as canonical ids of t2t.Words"""
     import numpy as np
     import t2t
-    found = lambda i: t2t.find_words(words, np.asarray(i, np.int64), [len(i)])[1]
-    z, own = np.array(z), [set(found(i).tolist()) for i in ids]
-    z[:, words.canon != np.arange(len(words.canon))] = -np.inf         # words, each in one form
-    top = np.argsort(-z, axis=1)[:, :max(map(len, own))]
-    return float(np.mean([len(o & set(row[:len(o)].tolist())) / len(o) for o, row in zip(own, top) if o]))
+    return [set(t2t.find_words(words, np.asarray(i, np.int64), [len(i)])[1].tolist()) for i in ids]
+
+
+def best_words(z, words, k):
+    """z (N,V) -> (N,k) the most probable words, each in its canonical form alone"""
+    import numpy as np
+    import torch
+    other = torch.from_numpy(words.canon != np.arange(len(words.canon)))
+    return z.masked_fill(other, -torch.inf).topk(k, dim=1).indices
+
+
+def key_alignment(z, words, ids):
+    """`local` of alignment, over key words alone: z (N,V) -> 0 to 1; a text without one does not count."""
+    own = key_words(ids, words)
+    top = best_words(z, words, max(map(len, own))).tolist()
+    shares = [len(o & set(row[:len(o)])) / len(o) for o, row in zip(own, top) if o]
+    return sum(shares) / max(1, len(shares))
 
 
 def spectrum(h):
     """h (N,C) -> shares (C,) of the energy of the unit vectors in their principal directions, largest first;
     uncentred, as in arXiv 2406.17378: the first direction is nearly the mean."""
     import numpy as np
-    u = h / np.maximum(np.linalg.norm(h, axis=1, keepdims=True), 1e-9)
-    s = np.linalg.svd(u, compute_uv=False) ** 2
+    from sklearn.preprocessing import normalize
+    s = np.linalg.svd(normalize(h), compute_uv=False) ** 2
     return s / s.sum()
 
 
@@ -68,12 +80,18 @@ def effective_rank(shares):
     return float(np.exp(-(shares * np.log(np.maximum(shares, 1e-30))).sum()))
 
 
+def spread(h):
+    """What the page and the picture show of a spectrum"""
+    shares = spectrum(h)
+    return {"spectrum": shares.tolist(), "effective rank": effective_rank(shares)}
+
+
 def shift_first(base, tuned):
     """(N,C), (N,C) -> base moved along its own first principal direction by the mean shift that training made
     there, and that shift in units of the mean coefficient: arXiv 2406.17378 finds that this is nearly all."""
     import numpy as np
     u = np.linalg.svd(base, full_matrices=False)[2][0]
-    shift = (tuned @ u).mean() - (base @ u).mean()                     # the sign of u is free, that of the ratio not
+    shift = (tuned @ u).mean() - (base @ u).mean()             # the sign of u is free, that of the ratio not
     return base + shift * u, float(shift / (base @ u).mean())
 
 
@@ -81,11 +99,20 @@ def halves(ids, pooled):
     """How often does the first half of a text find its second half among those of 300 texts, by cosine?
     Quality without labels. ids: N id arrays of 8 tokens or more; pooled(list of id arrays) -> (N,C)."""
     import numpy as np
+    from sklearn.preprocessing import normalize
     ids = ids[:300]
-    cut = [len(i) // 2 for i in ids]
-    a, b = (v / np.maximum(np.linalg.norm(v, axis=1, keepdims=True), 1e-9) for v in (
-        pooled([i[:n] for i, n in zip(ids, cut)]), pooled([i[n:] for i, n in zip(ids, cut)])))
-    return float(((a @ b.T).argmax(1) == np.arange(len(a))).mean())
+    first, second = [i[:len(i) // 2] for i in ids], [i[len(i) // 2:] for i in ids]
+    similarity = normalize(pooled(first)) @ normalize(pooled(second)).T
+    return float((similarity.argmax(1) == np.arange(len(ids))).mean())
+
+
+def sample(tokens, n):
+    """n texts of a corpus.Tokens of 8 tokens or more, always the same -> list of id arrays"""
+    from itertools import islice
+
+    import t2t
+    order = t2t.order_of_texts(0, 0, len(tokens.start) - 1)
+    return list(islice((i for i in map(tokens.text, order) if len(i) >= 8), n))
 
 
 def logits(embedder, h):
@@ -96,12 +123,18 @@ def logits(embedder, h):
         return H(torch.from_numpy(h).to(H.weight)).float()
 
 
+def aligned(z, embedder, ids):
+    """Both alignments of logits z (N,V) with N texts"""
+    special = set(embedder.tok.all_special_ids)
+    every = alignment(z, [set(i.tolist()) - special for i in ids])
+    return every | {"key": key_alignment(z, embedder.words, ids)}
+
+
 def measure(embedder, ids):
-    """Alignment and quality of an embedder on texts: `key` and `halves` are the coordinates of the picture,
-    for which results/contest.py calls this during training."""
-    special, z = set(embedder.tok.all_special_ids), logits(embedder, embedder.pooled(ids))
-    return alignment(z, [set(i.tolist()) - special for i in ids]) | {
-        "key": key_alignment(z, embedder.words, ids), "halves": halves(ids, embedder.pooled)}
+    """Alignment and quality on texts: `key` and `halves` are the coordinates of the picture, for which
+    results/contest.py calls this during training."""
+    z = logits(embedder, embedder.pooled(ids))
+    return aligned(z, embedder, ids) | {"halves": halves(ids, embedder.pooled)}
 
 
 # --------------------------------------------------------------------------------------------------- WordNet
@@ -125,20 +158,14 @@ def wordnet():
     return related
 
 
-def derived(embedder, ids, related, k=10):
+def derived(z, words, ids, related, k=10):
     """Of the k most probable words of each text, those *not* in it, by their stems: what share is related in
-    WordNet to one of the text? And by chance: to one of another text. -> (share, chance, derived words a text)"""
+    WordNet to one of the text? And by chance: to one of another text. -> share, chance, such words a text"""
     import numpy as np
-    import t2t
     from Stemmer import Stemmer
-    words, V, stem = embedder.words, len(embedder.words.canon), Stemmer("english").stemWords
-    z = logits(embedder, embedder.pooled(ids)).numpy()
-    z[:, words.canon != np.arange(V)] = -np.inf                        # words, each in one form
-    top, own, near, yes = np.argsort(-z, axis=1)[:, :k], [], {}, [0, 0]
-    for i in ids:
-        found = t2t.find_words(words, np.asarray(i, np.int64), [len(i)])[1]
-        own.append({words.text[v].lower() for v in found.tolist()})
-    lit = [[words.text[v].lower() for v in row] for row in top]
+    stem, near, yes = Stemmer("english").stemWords, {}, [0, 0]
+    own = [{words.text[v].lower() for v in mine} for mine in key_words(ids, words)]
+    lit = [[words.text[v].lower() for v in row] for row in best_words(z, words, k).tolist()]
     stems = [set(stem(list(mine))) for mine in own]
     beyond = [[w for w in row if not set(stem([w])) & mine] for row, mine in zip(lit, stems)]
     other = np.roll(np.arange(len(ids)), 1)
@@ -199,29 +226,22 @@ def analyze(ckpt, texts=(), corpus=None):
         for name, row in zip(before_after, (old, new)):
             print(f"    {name:8s}" + "  ".join(f"{token} {p:.3f}" for token, p in row))
 
-    words = after.words
-    tokens = t2t.read_tokens(corpus or config.corpus, tok, config.max_length, len(words.canon),
-                             lambda *x: t2t.find_words(words, *x), words.hash)
-    order = t2t.order_of_texts(0, 0, len(tokens.start) - 1)
-    ids = [i for i in map(tokens.text, order) if len(i) >= 8][:SAMPLE]
+    ids = sample(t2t.corpus_tokens(corpus or config.corpus, tok, config.max_length, after.words), SAMPLE)
     if len(ids) < 2:
         raise Error("--corpus: expected texts of 8 tokens or more, "
                     f"got {len(ids)} in {corpus or config.corpus}")
     facts = {"checkpoint": Path(ckpt).resolve().name, "texts": len(ids),
              "corpus": Path(corpus or config.corpus).name}
-    h = {"before": before.pooled(ids), "after": after.pooled(ids)}
+    h, z = {}, {}
     for name, e in zip(before_after, (before, after)):
-        s = spectrum(h[name])
-        facts[name] = measure(e, ids) | {"spectrum": s.tolist(), "effective rank": effective_rank(s)}
+        h[name] = e.pooled(ids)
+        z[name] = logits(e, h[name])
+        facts[name] = aligned(z[name], e, ids) | {"halves": halves(ids, e.pooled)} | spread(h[name])
     if after.W is not None:
-        s = spectrum(h["after"] @ after.W)
-        facts["whitened"] = {"spectrum": s.tolist(), "effective rank": effective_rank(s),
-                             "halves": halves(ids, lambda x: after.pooled(x) @ after.W)}
-    special = set(tok.all_special_ids)
+        whitened = lambda x: after.pooled(x) @ after.W
+        facts["whitened"] = {"halves": halves(ids, whitened)} | spread(h["after"] @ after.W)
     moved, facts["shift"] = shift_first(h["before"], h["after"])
-    z = logits(before, moved)
-    facts["before, first PC moved"] = alignment(z, [set(i.tolist()) - special for i in ids]) | {
-        "key": key_alignment(z, words, ids)}
+    facts["before, first PC moved"] = aligned(logits(before, moved), before, ids)
     rows = [*before_after, *(["whitened"] if "whitened" in facts else []), "before, first PC moved"]
     columns = ["hit@10", "local", "global", "key", "halves", "effective rank"]
     print(f"\n{len(ids):,} texts of {facts['corpus']}\n{'':28s}"
@@ -236,9 +256,9 @@ def analyze(ckpt, texts=(), corpus=None):
           f"{facts['shift']:+.2f} times what it had")
     related = wordnet()
     if related:
-        for name, e in zip(before_after, (before, after)):
-            facts[name]["derived"] = dict(zip(("related", "chance", "a text"), derived(e, ids, related)))
-            d = facts[name]["derived"]
+        for name in before_after:
+            found = derived(z[name], after.words, ids, related)
+            d = facts[name]["derived"] = dict(zip(("related", "chance", "a text"), found))
             print(f"{name}: of {d['a text']:.1f} lit words a text that are not in it, "
                   f"{100 * d['related']:.1f} % are related in WordNet to one that is "
                   f"({100 * d['chance']:.1f} % to one of another text)")
@@ -247,9 +267,7 @@ def analyze(ckpt, texts=(), corpus=None):
     shipped = Path(__file__).parent / "results" / "trajectories.json"
     same = (config.backbone, config.corpus) == ("tiny", "docstrings") and shipped.is_file() and not corpus
     draw(Path(ckpt, "analysis.png"), facts, json.loads(shipped.read_text())["curves"] if same else {})
-    beside = Path(ckpt, "analysis.json.new")
-    beside.write_text(json.dumps(facts, indent=1) + "\n")
-    beside.rename(Path(ckpt, "analysis.json"))
+    write_whole(Path(ckpt, "analysis.json"), json.dumps(facts, indent=1) + "\n")
     print(f"{ckpt}/analysis.png and analysis.json are written")
     return facts
 

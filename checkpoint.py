@@ -93,37 +93,6 @@ def between_steps():
             signal.signal(signal.SIGINT, old)
 
 
-# ------------------------------------------------------------------------------------------ a model from disk
-def read_model(name, causal, dtype, option):
-    """folder or hub id -> (causal language model, tokenizer). Error, naming the option, on anything else."""
-    import transformers
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    where = f"folder {name}" if Path(name).exists() else f"{name} (no such folder; a hub id needs a network)"
-    try:
-        settings = AutoConfig.from_pretrained(name)
-        settings.is_causal = causal                                    # the documented switch; t2t proves it
-        model, info = AutoModelForCausalLM.from_pretrained(name, config=settings, dtype=dtype,
-                                                           output_loading_info=True)
-        tok = AutoTokenizer.from_pretrained(name, padding_side="right")
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as e:                                             # each library has types of its own
-        why = " ".join(str(e).split())[:200]
-        raise Error(f"{option}: expected a causal language model; {where} can not be read: {why}") from None
-    rows, missing = len(model.get_input_embeddings().weight), sorted(info["missing_keys"])
-    if missing:
-        raise Error(f"{option}: expected a whole causal language model, but {where} lacks {missing[0]} and "
-                    f"{len(missing) - 1} other weights: an encoder, or a damaged download?")
-    if len(tok) > rows:
-        raise Error(f"{option}: expected a tokenizer that fits the model, but in {where} it has {len(tok)} "
-                    f"entries and the embedding {rows}")
-    if tok.pad_token_id is None:
-        tok.pad_token = tok.eos_token or tok.convert_ids_to_tokens(0)      # never attended to: any id will do
-    return model, tok
-
-
 # ------------------------------------------------------------------------------------ the finished checkpoint
 def save(out, embedder, config, facts):
     """Write the whole checkpoint beside OUT, then put it in OUT's place."""
@@ -146,7 +115,8 @@ def save(out, embedder, config, facts):
     if W is not None:
         write_dense(new / "2_Dense", torch.from_numpy(W), None, "torch.nn.modules.linear.Identity")
     sparse_folder(new / "sparse", shared, word_head, config)
-    write_json(new / "t2t.json", facts)
+    ours = [what for what, methods in OURS.items() if config.method in methods.split()]
+    write_json(new / "t2t.json", facts | {"ours": ours})
     (new / "README.md").write_text(card(config, facts))
     if (out / "log.jsonl").exists():
         shutil.copy(out / "log.jsonl", new)
@@ -207,6 +177,13 @@ def read_dense(folder):
 
 def write_json(path, value):
     path.write_text(json.dumps(value, indent=1) + "\n")
+
+
+OURS = {"tf-idf weights": "data both", "first piece of a split word": "data both",
+        "log p minus its mean over the corpus": "model both", "input tokens left out": "data model both",
+        "loss at single tokens": "data model both", "frozen head": "data model both simcse mntp",
+        "every hyper-parameter": "data model both simcse mntp", "whitening": "data model both simcse mntp",
+        "sparse vectors: SPLADE's maximum, a floor": "data model both simcse mntp none"}
 
 
 def card(config, facts):

@@ -328,6 +328,13 @@ def blocks(items, n):
         yield block
 
 
+def write_whole(path, text):
+    """Write a text file beside its place, then rename it: the old one or the new, never a half."""
+    beside = path.with_name(path.name + ".partial")
+    beside.write_text(text, "utf-8")
+    os.replace(beside, path)
+
+
 def key(*parts):
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=10).hexdigest()
 

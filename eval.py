@@ -23,7 +23,7 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-from corpus import Error  # no mteb or torch up here: --help and wrong arguments answer at once
+from corpus import Error, write_whole  # no mteb or torch up here: --help and wrong arguments answer at once
 
 BENCHMARK = "MTEB(eng, v2)"
 BARE_LENGTH = 512  # tokens: usual for LM embedders on MTEB; a bare LM names no limit but its positions
@@ -134,7 +134,24 @@ def localize(task, data_dir):
     contents = digest(sorted(f for f in folder.rglob("*") if f.is_file()), folder)
     source = {**task.metadata.dataset, "path": str(folder.absolute()), "revision": f"local-{contents}"}
     local.metadata = task.metadata.model_copy(update={"dataset": source})
+
+    def load_data(*args, load=local.load_data, **settings):
+        import datasets  # knows a local folder by its last name alone, and would serve the rows of another
+        rows = datasets.config.HF_DATASETS_CACHE
+        datasets.config.HF_DATASETS_CACHE = Path(rows, source["revision"])
+        try:
+            load(*args, **settings)
+        finally:
+            datasets.config.HF_DATASETS_CACHE = rows
+    local.load_data = load_data
     return local
+
+def offline(data_dir):
+    """Nothing from a hub, all from `data_dir`, if there is one."""
+    if data_dir:
+        os.environ["HF_HUB_OFFLINE"] = "1"  # huggingface_hub reads it once, at its import
+        if not Path(data_dir).is_dir():
+            raise Error(f"expected a folder for --data-dir, got {data_dir}; check the path")
 
 def check_results(out, tasks):
     """Refuse to mix with scores of another mteb or other data; drop a file that a crash cut short."""
@@ -151,13 +168,10 @@ def check_results(out, tasks):
 
 def score(task, models, cache, data_dir, batch_size):
     """({label: TaskResult}, one line on why there are not more) of one task; its data is loaded once."""
-    import datasets
     import mteb
     found = {k: cache.load_task_result(task.metadata.name, m.mteb_model_meta) for k, m in models.items()}
     found = {k: r for k, r in found.items() if r and not r.get_missing_evaluations(task)}
-    where, doing, rows = task.metadata.dataset["path"], "data not loaded", datasets.config.HF_DATASETS_CACHE
-    if data_dir:  # datasets knows a local folder by its last name alone, and would serve the rows of another
-        datasets.config.HF_DATASETS_CACHE = Path(rows, task.metadata.revision)
+    where, doing = task.metadata.dataset["path"], "data not loaded"
     try:  # whatever a data set's own loader or its rows raise: hours of other tasks are not lost for it
         for label in [label for label in models if label not in found]:
             if data_dir and not Path(where).is_dir():
@@ -170,16 +184,12 @@ def score(task, models, cache, data_dir, batch_size):
     except Exception as error:
         return found, f"{doing}: {brief(error)}"
     finally:
-        datasets.config.HF_DATASETS_CACHE = rows
         task.unload_data()
     return found, None
 
 def evaluate(paths, tasks=None, data_dir=None, out="results/mteb", batch_size=32, device="auto", command=""):
     """Score checkpoints on tasks (names; None: all of the benchmark); the table, also written to `out`."""
-    if data_dir:
-        os.environ["HF_HUB_OFFLINE"] = "1"  # huggingface_hub reads it once, at its import
-        if not Path(data_dir).is_dir():
-            raise Error(f"expected a folder for --data-dir, got {data_dir}; check the path")
+    offline(data_dir)
     start, folders = time.time(), {path: find(path) for path in paths}
     try:
         Path(out).mkdir(parents=True, exist_ok=True)
@@ -213,8 +223,7 @@ def evaluate(paths, tasks=None, data_dir=None, out="results/mteb", batch_size=32
              "revisions": {label: model.mteb_model_meta.revision for label, model in models.items()},
              "tasks": rows, **means(rows, list(models)), "missing": missing}
     for name, text in (("table.json", json.dumps(table, indent=1) + "\n"), ("table.md", render(table))):
-        Path(out, name + ".partial").write_text(text, "utf-8")
-        os.replace(Path(out, name + ".partial"), Path(out, name))
+        write_whole(Path(out, name), text)
     return table
 
 # -------------------------------------------------------------------------- 3. the table and the command line

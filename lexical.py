@@ -1,6 +1,7 @@
 """Sparse vectors over words, read through the head, and why two texts are alike: methods of t2t.Embedder.
 
-What CKPT/sparse, a SparseEncoder, gives; it finds what shares no word, since a place lights up words *beyond* it.
+What CKPT/sparse, a SparseEncoder, gives. Texts without a common word can be alike: a place lights up words
+*beyond* its own.
 """
 import numpy as np
 import torch
@@ -8,8 +9,8 @@ import torch.nn.functional as F
 
 
 def word_head(self):
-    """The head as sparse vectors use it: (V,C), (V,). Rows lose their mean, since softmax ignores what is added to
-    every logit of a text and ReLU does not; `floor` comes off; what is no word has zeros."""
+    """The head as sparse vectors use it: (V,C), (V,). Rows lose their mean, since softmax ignores what is
+    added to every logit of a text and ReLU does not; `floor` comes off; what is no word has zeros."""
     H = self.head
     word = torch.from_numpy(self.words.canon == np.arange(len(H.weight))).to(H.weight.device)
     bias = H.weight.new_zeros(len(word)) if H.bias is None else H.bias - H.bias.mean()
@@ -32,9 +33,9 @@ def sparse(self, texts, k=None):
 
         s(v) = log(1 + max(0, max_t z_t(v) - floor)),      z_t = head(x_t) - mean_v head(x_t)
 
-    The vectors of SparseEncoder(folder/sparse). `floor` is what the K-th word of an ordinary text has; a soft cap
-    of the head does not count. OURS: maximum over places and logarithm are SPLADE's (arXiv 2109.10086); the head
-    of the pooled vector names the topic and finds far less."""
+    The vectors of SparseEncoder(folder/sparse). `floor` is what the K-th word of an ordinary text has; a soft
+    cap of the head does not count. OURS: maximum over places and logarithm are SPLADE's (arXiv 2109.10086);
+    the head of the pooled vector names the topic and finds far less."""
     z = self.strongest(self.ids(texts)).relu().log1p()
     top = z.topk(min(k or self.top_k, z.shape[1]), 1)
     return torch.zeros_like(z).scatter_(1, top.indices, top.values)

@@ -1,11 +1,10 @@
 """python eval.py CKPT --sparse: what its sparse vectors are worth, beside dense ones and BM25.
 
-Sparse vectors are read through the head (CKPT/sparse, a SparseEncoder; lexical.py says how) and searched as BM25
-is: a document is a row of a compressed sparse matrix over words. Rankings are also fused by rank alone, score(d)
-= sum over rankings of 1 / (60 + rank of d), so nothing is tuned.
+Sparse vectors are read through the head (CKPT/sparse, a SparseEncoder; lexical.py says how) and searched as
+BM25 is: a document is a row of a compressed sparse matrix over words. Rankings are also fused by rank alone,
+score(d) = sum over rankings of 1 / (60 + rank of d), so nothing is tuned.
 """
 import json
-import os
 import sys
 import time
 from itertools import combinations
@@ -13,6 +12,9 @@ from pathlib import Path
 
 import numpy as np
 from scipy.sparse import csr_matrix
+from sklearn.preprocessing import normalize
+
+from corpus import write_whole
 
 TASKS = ["SciFact", "LIMITSmallRetrieval", "STS12", "STS13", "STSBenchmark"]
 DEPTH = 1000                                           # of the rankings that are fused
@@ -52,19 +54,19 @@ def matrix(x):
     if getattr(x, "is_sparse", False):
         x = x.coalesce().cpu()
         return csr_matrix((x.values().numpy(), x.indices().numpy()), shape=tuple(x.shape))
-    x = np.asarray(x, np.float32)
-    return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+    return normalize(np.asarray(x, np.float32))
 
 
 class Remembering:
     """A search model of mteb that remembers its rankings, for fusion, and how long a query took."""
 
     def __init__(self, inner, store=None, dense=False):
-        self.inner, self.store, self.dense, self.mteb_model_meta = inner, store, dense, inner.mteb_model_meta
+        self.inner, self.store, self.dense = inner, store, dense
+        self.mteb_model_meta = inner.mteb_model_meta
 
     def index(self, corpus, **settings):
         self.inner.index(corpus, **settings)
-        if self.store:                                 # all that search still reads of it; a list is far faster
+        if self.store:                                 # all that search still reads of it; a list is faster
             self.inner.task_corpus = {"id": list(corpus["id"])}
 
     def search(self, queries, **settings):
@@ -162,17 +164,13 @@ def render(table, tasks):
 
 def evaluate(paths, tasks=None, data_dir=None, out="results/mteb", batch_size=32, device="auto", command=""):
     """The table of each checkpoint; also written to OUT/sparse-NAME.json and .md."""
-    if data_dir:
-        os.environ["HF_HUB_OFFLINE"] = "1"
+    import eval as evaluation
+    evaluation.offline(data_dir)
     from importlib.metadata import version
 
     import torch
-
-    import eval as evaluation
-    if data_dir and not Path(data_dir).is_dir():
-        raise evaluation.Error(f"expected a folder for --data-dir, got {data_dir}; check the path")
-    text, Path_out = "", Path(out)
-    Path_out.mkdir(parents=True, exist_ok=True)
+    pages = []
+    Path(out).mkdir(parents=True, exist_ok=True)
     for path in paths:
         evaluation.find(path)
         chosen = evaluation.pick(tasks or TASKS)
@@ -183,10 +181,7 @@ def evaluate(paths, tasks=None, data_dir=None, out="results/mteb", batch_size=32
         facts = {"command": command, "date": date, "rows": table,
                  "seconds": round(time.time() - t0, 1), "threads": torch.get_num_threads(),
                  "versions": {p: version(p) for p in ("mteb", "torch", "sentence-transformers", "bm25s")}}
-        page = f"{name}, scores x 100\n\n{render(table, [t.metadata.name for t in chosen])}"
-        for suffix, content in ((".json", json.dumps(facts, indent=1) + "\n"), (".md", page)):
-            beside = Path_out / f"sparse-{name}{suffix}.partial"
-            beside.write_text(content, "utf-8")
-            os.replace(beside, beside.with_suffix(""))
-        text += page
-    return text
+        pages.append(f"{name}, scores x 100\n\n{render(table, [t.metadata.name for t in chosen])}")
+        write_whole(Path(out, f"sparse-{name}.json"), json.dumps(facts, indent=1) + "\n")
+        write_whole(Path(out, f"sparse-{name}.md"), pages[-1])
+    return "".join(pages)

@@ -125,13 +125,15 @@ import torch.nn.functional as F  # noqa: E402
 from torch.utils.checkpoint import checkpoint as recomputed  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
+import backbone  # noqa: E402
 import checkpoint as disk  # noqa: E402
-import ops  # noqa: E402
 import lexical  # noqa: E402
+import ops  # noqa: E402
+from backbone import cap, head, load_backbone, make_trainable, resolve, states  # noqa: E402
 from baselines import entropy, mntp, simcse  # noqa: E402
 from build_ext import choose, compiled  # noqa: E402
 from corpus import STOP, blocks, code, keep_targets, key, read_tokens, stamps, tokenize  # noqa: E402
-from ops import check_targets, merge, scatter_targets  # noqa: E402, F401
+from ops import check_targets, merge  # noqa: E402
 
 
 # ---------------------------------------------------------------------------------------------------- 1. text
@@ -189,6 +191,12 @@ def find_words(words, flat, lengths):
     return text[keep], words.canon[flat[keep]]
 
 
+def corpus_tokens(source, tok, max_length, words):
+    """corpus.Tokens of a corpus: what all that follows reads."""
+    find = functools.partial(find_words, words)
+    return read_tokens(source, tok, max_length, len(words.canon), find, words.hash)
+
+
 # ------------------------------------------------------------------------------------------------- 2. targets
 class Targets(NamedTuple):
     indices: np.ndarray     # (N,K) int32    -1 is padding
@@ -220,11 +228,12 @@ def targets_of(config, tokens, words, model, tok, custom=None):
 
 
 def build_targets(config, tokens, *given, custom=None):
-    """q for every text of the corpus that training will see, memory-mapped; `given` as targets_of takes it."""
-    N, data = len(tokens.start) - 1, config.method == "data"           # of the corpus alone, quick: of all texts
+    """q for all texts that training will see, memory-mapped; `given` as targets_of takes it."""
+    N, data = len(tokens.start) - 1, config.method == "data"           # data: of the corpus alone, and quick
     first = N if data or custom else min(N, -(-config.steps // RUN) * RUN * config.batch_size)
     seen = order_of_texts(config.seed, 0, N)[:first] if first < N else np.arange(N)
-    name = None if custom else key(code(__file__), code(ops.__file__), str(tokens.folder), config.method,
+    made_by = [code(m.__file__) for m in (ops, backbone)]
+    name = None if custom else key(code(__file__), *made_by, str(tokens.folder), config.method,
                                    stamps(resolve(config.backbone)), config.top_k, config.temperature,
                                    *([] if data else [config.seed, first, str(given[1].dtype)]))
     make = functools.partial(targets_of, config, tokens, *given, custom=custom)
@@ -293,40 +302,8 @@ def model_targets(config, tokens, words, model, tok, K, sample=2048):
 
 
 # ------------------------------------------------------------------------------------------------ 3. embedder
-def resolve(name):
-    """tiny, the embedded default, is found from any folder."""
-    return str(Path(__file__).parent / "tiny") if name == "tiny" and not Path(name).exists() else name
-
-
-def load_backbone(name, attention, dtype=torch.float32, option="--backbone"):
-    """folder or hub id -> (causal language model, tokenizer), proved to have the attention asked for."""
-    model, tok = disk.read_model(resolve(name), attention == "causal", dtype, option)
-    prove_attention(model.eval(), attention)
-    return model, tok
-
-
-@torch.no_grad()
-def prove_attention(model, attention):
-    """Change the last token: does the first state move? Asked of one text alone, and of one with padding.
-
-    Some architectures take the switch `is_causal = False` and stay causal: poor embeddings, silently."""
-    a, b = torch.tensor([[[5, 6, 7, 8]], [[5, 6, 7, 9]]], device=model.device)                     # (1,4)
-    for extra in (0, 2):
-        mask = F.pad(torch.ones_like(a), (0, extra))
-        first = [states(model, F.pad(x, (0, extra)), mask)[0, 0].float() for x in (a, b)]
-        sees = not torch.allclose(*first, rtol=1e-4, atol=1e-6)
-        if sees and attention == "causal":
-            raise Error(f"--backbone: expected a decoder, but in {model.config.model_type} the first token "
-                        "sees the last one: an encoder, which has no next-token head to train with")
-        if not sees and attention == "bidirectional":
-            raise Error(f"--attention bidirectional: expected a model that can; {model.config.model_type} "
-                        "does not honour is_causal = False: pass --attention causal")
-
-
-def states(model, ids, mask):
-    """ids (B,T), mask (B,T) -> (B,T,C): what the model hands to its head."""
-    return model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-
+# backbone.py reads a model from disk, proves that it looks where it should, and finds its head:
+# states(model, ids, mask) is what the model hands to its head, x (B,T,C); head(model)(x) are logits (B,T,V).
 
 def pool(x, mask, how):
     """x (B,T,C), mask (B,T) -> (B,C), whichever side the padding is on."""
@@ -335,30 +312,6 @@ def pool(x, mask, how):
         return (x * m).sum(1) / m.sum(1).clamp_min(1)
     last = mask.shape[1] - 1 - mask.flip(1).argmax(1)                 # (B,) the last place that is no padding
     return x[torch.arange(len(x), device=x.device), last]
-
-
-class Head(NamedTuple):
-    """z = softcap * tanh(scale * (h W' + b) / softcap), as the model itself applies it."""
-    weight: torch.Tensor                    # (V,C)
-    bias: torch.Tensor | None               # (V,)
-    scale: float = 1.0                      # Cohere, Granite
-    softcap: float | None = None            # Gemma 2
-
-    def __call__(self, h):                  # (...,C) -> (...,V)
-        return cap(F.linear(h, self.weight, self.bias), self.scale, self.softcap)
-
-
-def cap(z, scale, softcap):
-    z = z * scale if scale != 1 else z
-    return softcap * torch.tanh(z / softcap) if softcap else z
-
-
-def head(model):
-    """The Head of a causal language model: head(model)(states) is what model(...).logits holds."""
-    c, out = model.config, model.get_output_embeddings()
-    scale = getattr(c, "logit_scale", None) or 1 / (getattr(c, "logits_scaling", None) or 1)
-    softcap = getattr(c, "final_logit_softcapping", None)
-    return Head(out.weight, getattr(out, "bias", None), float(scale), softcap)
 
 
 def pad(ids, pad_id, device="cpu"):
@@ -373,8 +326,8 @@ def pad(ids, pad_id, device="cpu"):
 class Embedder:
     """A model in use: h = pool(f(x)), and h W, the vectors that SentenceTransformer(folder).encode gives.
 
-    W (C,C) makes the spectrum of embeddings flatter: see whiten; top_k and floor belong to sparse vectors: see
-    lexical.py. W and floor are measured when training ends."""
+    W (C,C) makes the spectrum of embeddings flatter: see whiten; top_k and floor belong to sparse vectors:
+    see lexical.py. W and floor are measured when training ends."""
 
     word_head, strongest, sparse, explain = (lexical.word_head, lexical.strongest, lexical.sparse,
                                              lexical.explain)
@@ -519,7 +472,7 @@ def order_of_texts(seed, epoch, N):
     return np.random.default_rng((seed, epoch)).permutation(N)
 
 
-RUN = 16                                                               # batches that share texts of like length
+RUN = 16                                                           # batches that share texts of like length
 
 
 def batch_of(step, seed, lengths, B, pooled=RUN):
@@ -542,29 +495,12 @@ def learning_rate(step, steps, peak):
     return peak * min((step + 1) / warm, cosine)
 
 
-def make_trainable(model, rank):
-    """Freeze the head, choose what learns: all other weights (rank 0), or LoRA on every linear map."""
-    out = model.get_output_embeddings()
-    if rank:
-        import peft
-        lora = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
-        model = peft.get_peft_model(model, lora)
-    elif model.config.tie_word_embeddings:                             # the embedding learns, the head not
-        untied = torch.nn.Linear(*reversed(out.weight.shape), bias=False, device=out.weight.device)
-        untied.weight.data.copy_(out.weight)
-        model.config.tie_word_embeddings = False
-        model.set_output_embeddings(untied)
-    for p in model.get_output_embeddings().parameters():
-        p.requires_grad_(False)
-    return model
-
-
 # OURS. DROPOUT: share of input tokens left out (data, model, both), of attention (simcse), masked (mntp).
 DROPOUT = {"data": 0.2, "model": 0.2, "both": 0.2, "simcse": 0.3, "mntp": 0.2}
 RATE = {"data": 4e-3, "model": 4e-3, "both": 4e-3, "simcse": 3e-4, "mntp": 3e-4}      # if all weights learn
 
 # What a step minimises is a generator of (loss to show, loss to descend), a pair for each micro-batch
-# (ids, mask) in `batch`, so that the graph of one is gone before the next is made; baselines.py has the others.
+# (ids, mask) in `batch`, so that the graph of one is gone before the next; baselines.py has the others.
 
 
 def predict_targets(read, batch, H, impl, indices, probs, token_loss, words):
@@ -602,8 +538,8 @@ def token_nll(x, v, H, impl):
 
 
 def leave_out(ids, share, special):
-    """(T,) ids -> (1 - share) T of them, in order, with all that are in `special`. OURS: the target is that of
-    the whole text, so that words must be inferred from others: a step towards tokens *beyond* the text."""
+    """(T,) ids -> (1 - share) T of them, in order, with all that are in `special`. OURS: the target is that
+    of the whole text, so that words must be inferred from others: a step towards tokens *beyond* it."""
     order = torch.rand(len(ids)).numpy() + np.isin(ids, special)       # specials last: they stay
     return ids[np.sort(np.argsort(order)[round(share * len(ids)):])] if share else ids
 
@@ -628,8 +564,7 @@ def train(config, targets=None, on_step=None):
     V = len(head(model.to(device)).weight)
     words = read_vocabulary(tok, V)
     if config.method != "none":
-        find = functools.partial(find_words, words)
-        tokens = read_tokens(config.corpus, tok, config.max_length, V, find, words.hash)
+        tokens = corpus_tokens(config.corpus, tok, config.max_length, words)
         given = config, tokens, words, model, tok
         if config.show_targets:
             return show_targets(config, tokens, targets_of(*given, custom=targets), words, tok)
@@ -657,7 +592,7 @@ def train(config, targets=None, on_step=None):
     params = [p for p in model.parameters() if p.requires_grad]
     peak = config.lr or (2e-4 if rank else RATE[config.method])
     dropout = DROPOUT[config.method] if config.dropout < 0 else config.dropout
-    contrast, absent = config.method == "simcse", 0.0 if config.method in ("simcse", "mntp") else dropout
+    contrast, absent = config.method == "simcse", dropout if q else 0.0
     special = np.array(tok.all_special_ids)
     in_precision = torch.autocast(device, torch.bfloat16, enabled=bf16)
 
@@ -673,6 +608,9 @@ def train(config, targets=None, on_step=None):
     constant = q.constant if q else math.log(B) if contrast else entropy(tokens, special, V)
     begun, t1 = dict(at), time.time()
     impl, which = choose(config.impl, device)
+    if config.method == "mntp":
+        blank = tok("_", add_special_tokens=False)["input_ids"][-1]                        # LLM2Vec's choice
+        nll = functools.partial(token_nll, H=H, impl=impl)
     print(f"{sum(p.numel() for p in params):,} weights learn ({'LoRA' if rank else 'all but the head'}), "
           f"rate {peak:g}, {config.attention}; {len(lengths):,} texts, {config.steps} steps of {B}; "
           f"{'bfloat16' if bf16 else 'float32'} on {device}; loss by {which}", flush=True)
@@ -683,15 +621,13 @@ def train(config, targets=None, on_step=None):
         while at["step"] < config.steps and not interrupted:
             # ------------------------------------------------------------------------------ BEGIN: one step
             torch.manual_seed(config.seed * 1_000_003 + at["step"])    # so that there is no state to keep
-            texts, loss = batch_of(at["step"], config.seed, lengths, B, 1 if contrast else RUN), 0.0     # (B,)
-            seen = [leave_out(tokens.text(n), absent, special) for n in texts]                       # B x (T,)
+            texts, loss = batch_of(at["step"], config.seed, lengths, B, 1 if contrast else RUN), 0.0
+            seen = [leave_out(tokens.text(n), absent, special) for n in texts]         # B x (T,) ids
             batch = [pad(part, tok.pad_token_id, device) for part in blocks(seen, config.micro_batch or B)]
             if contrast:
                 parts = simcse(read, batch, core, dropout, 0.05 * config.temperature)
             elif config.method == "mntp":
-                blank = tok("_", add_special_tokens=False)["input_ids"][-1]            # LLM2Vec's choice
-                parts = mntp(read, batch, functools.partial(token_nll, H=H, impl=impl), dropout, blank,
-                             torch.from_numpy(special).to(device))
+                parts = mntp(read, batch, nll, dropout, blank, torch.from_numpy(special).to(device))
             else:
                 indices, probs = (torch.from_numpy(a[texts]).to(device) for a in q[:2])              # (B,K)
                 parts = predict_targets(read, batch, H, impl, indices, probs, config.token_loss, tables)
@@ -744,13 +680,6 @@ EXAMPLES = ["A dog runs after a ball in the park.", "The bank raised its interes
             "How do I reset my password?", "She plays the violin in a small orchestra."]
 
 
-OURS = {"tf-idf weights": "data both", "first piece of a split word": "data both",
-        "log p minus its mean over the corpus": "model both", "input tokens left out": "data model both",
-        "loss at single tokens": "data model both", "frozen head": "data model both simcse mntp",
-        "every hyper-parameter": "data model both simcse mntp", "whitening": "data model both simcse mntp",
-        "sparse vectors: SPLADE's maximum, a floor": "data model both simcse mntp none"}
-
-
 def finish(config, embedder, before, t0, loss=None, **facts):
     """Write the checkpoint, and show what was learned: the tokens that a text lights up, before and after."""
     from importlib.metadata import version
@@ -762,8 +691,7 @@ def finish(config, embedder, before, t0, loss=None, **facts):
     facts = {"command": " ".join(["python t2t.py", *given]), "loss": loss, **facts, "config": used,
              "floor": embedder.floor, "seconds": round(time.time() - t0, 1),
              "threads": torch.get_num_threads(),
-             "versions": {p: version(p) for p in ("torch", "transformers", "peft", "tokenizers", "numpy")},
-             "ours": [what for what, methods in OURS.items() if config.method in methods.split()]}
+             "versions": {p: version(p) for p in ("torch", "transformers", "peft", "tokenizers", "numpy")}}
     disk.save(Path(config.out), embedder, config, facts)
     print()
     line = lambda row: "  ".join(token for token, _ in row)

@@ -5,11 +5,11 @@
     python results/contest.py --data-dir DIR --tune                  # the trials on validation splits
     python results/contest.py --data-dir DIR --curves                # what happens during training
 
-A trained cell is one call of t2t.train; `init` names the cell whose checkpoint it starts from. An untrained cell
-is a reading of results/readings.py. Every vector is scored twice: as it is, and whitened (t2t.whiten, from 2,048
-texts of the corpus) -- so no method wins by what could be done to all of them. Test splits are scored with the
-settings that --tune found; it looks at STSBenchmark validation and Banking77 train only. Cells are kept in --runs,
-tables in results/contest-CORPUS.json and .md.
+A trained cell is one call of t2t.train; `init` names the cell whose checkpoint it starts from. An untrained
+cell is a reading of results/readings.py. Every vector is scored twice: as it is, and whitened (t2t.whiten,
+from 2,048 texts of the corpus) -- so no method wins by what could be done to all of them. Test splits are
+scored with the settings that --tune found; it looks at STSBenchmark validation and Banking77 train only.
+Cells are kept in --runs, tables in results/contest-CORPUS.json and .md.
 """
 import argparse
 import gzip
@@ -25,15 +25,16 @@ sys.path[:0] = [str(ROOT), str(ROOT / "results")]
 
 import mteb  # noqa: E402
 import numpy as np  # noqa: E402
+from readings import NAMES as READINGS  # noqa: E402
 from readings import Reading, readings  # noqa: E402
 from scipy.stats import rankdata, spearmanr  # noqa: E402
 from scipy.stats import t as t_distribution  # noqa: E402
+from sklearn.preprocessing import normalize  # noqa: E402
 
 import analyze  # noqa: E402
 import eval as evaluation  # noqa: E402
 import t2t  # noqa: E402
 
-READINGS = ["mean", "last", "prompt", "echo", "mean - PC", "head rows", "SIF", "tf-idf"]     # of readings.py
 STS = ["STS12", "STS13", "STSBenchmark"]
 CONTRAST = dict(method="simcse", batch_size=128, micro_batch=8, lr=3e-4)
 PREDICT = dict(method="mntp", batch_size=64, lr=3e-4)
@@ -61,8 +62,9 @@ TRIALS = {                                             # the best of each stands
     "model": [dict(lr=1e-3), dict(lr=2e-3), dict(lr=4e-3)],
 }
 BASE = {"simcse": CONTRAST, "mntp": PREDICT, "data": TARGET, "model": TARGET | dict(method="model")}
-CLAIMS = [("data", x) for x in ("simcse", "mntp, simcse", "mean", "SIF", "tf-idf", "model", "both", "data, model",
-                                "data, causal", "data, last", "data, no dropout", "data, no single tokens")]
+CLAIMS = [("data", x) for x in (
+    "simcse", "mntp, simcse", "mean", "SIF", "tf-idf", "model", "both", "data, model", "data, causal",
+    "data, last", "data, no dropout", "data, no single tokens")]
 
 
 # ------------------------------------------------------------------------------------------------- one cell
@@ -80,21 +82,20 @@ def train(name, settings, seed, a, stages=CELLS, watch=None):
             train(before, stages[before], seed, a)
             settings["init"] = str(place(before, seed, a))
         resume = (folder / "state" / "last.pt").exists()
+        steps = a.texts // settings["batch_size"]
         t2t.train(t2t.Config(backbone=a.backbone, corpus=a.corpus, out=str(folder), seed=seed, resume=resume,
-                             steps=a.texts // settings["batch_size"], save_every=100, **settings), None, watch)
+                             steps=steps, save_every=100, **settings), None, watch)
     return t2t.Embedder.load(folder), folder
 
 
 def curves(a, points=8):
-    """results/trajectories.json, which analyze.py draws: alignment, quality and STSBenchmark validation at nine
-    moments of a run of `data` and of one of `simcse`."""
+    """results/trajectories.json, which analyze.py draws: alignment, quality and STSBenchmark validation at
+    nine moments of a run of `data` and of one of `simcse`."""
     found = {}
     for name in ("data", "simcse"):
         model, tok = t2t.load_backbone(a.backbone, t2t.Config.attention)
         before = t2t.Embedder(model, tok, t2t.Config.pooling, t2t.Config.max_length)
-        tokens = corpus_of(a, tok, len(t2t.head(model).weight))
-        order = t2t.order_of_texts(0, 0, len(tokens.start) - 1)
-        ids = [i for i in map(tokens.text, order) if len(i) >= 8][:300]
+        ids = analyze.sample(t2t.corpus_tokens(a.corpus, tok, t2t.Config.max_length, before.words), 300)
         B, line = CELLS[name]["batch_size"], found.setdefault(name, [])
 
         def watch(step, embedder):
@@ -105,13 +106,9 @@ def curves(a, points=8):
         watch(0, before)
         shutil.rmtree(place(f"{name} watched", a.seeds[0], a), ignore_errors=True)
         train(f"{name} watched", CELLS[name], a.seeds[0], a, watch=watch)
-    facts = {"command": f"python results/contest.py --curves --texts {a.texts} --data-dir DIR", "curves": found}
+    command = f"python results/contest.py --curves --texts {a.texts} --data-dir DIR"
+    facts = {"command": command, "curves": found}
     (ROOT / "results" / "trajectories.json").write_text(json.dumps(facts, indent=1) + "\n")
-
-
-def corpus_of(a, tok, V):
-    words = t2t.read_vocabulary(tok, V)
-    return t2t.read_tokens(a.corpus, tok, 128, V, lambda *x: t2t.find_words(words, *x), words.hash)
 
 
 def whitened(read, W):
@@ -130,8 +127,7 @@ def once(read):
 
 
 def cosines(read, one, two):
-    x, y = (v / np.maximum(np.linalg.norm(v, axis=1, keepdims=True), 1e-9) for v in (read(one), read(two)))
-    return (x * y).sum(1)
+    return (normalize(read(one)) * normalize(read(two))).sum(1)
 
 
 def score(read, tasks):
@@ -154,8 +150,9 @@ def score(read, tasks):
 
 def cell(name, seed, tasks, a, untrained, some):
     """Train and score one cell, unless it stands in --runs; write it there."""
-    file, same = place(name, seed, a).with_suffix(".npz"), {"settings": CELLS.get(name), "corpus": Path(a.corpus).name,
-                                                            "texts": a.texts, "backbone": Path(a.backbone).name}
+    file = place(name, seed, a).with_suffix(".npz")
+    same = {"settings": CELLS.get(name), "corpus": Path(a.corpus).name, "texts": a.texts,
+            "backbone": Path(a.backbone).name}
     kept = json.loads(str(np.load(file)["facts"])) if file.exists() else {
         "name": name, "seed": seed, **same, "scores": {}}
     if {k: kept.get(k) for k in same} != same:
@@ -202,8 +199,8 @@ def validation(read, data_dir, bank=True):
     from sklearn.linear_model import LogisticRegression
     X, y = zip(*[(t, k) for k, texts in labels.items() for t in texts[:20]])
     X, first = read(list(X)), np.arange(len(X)) % 20 < 8
-    X = X / np.maximum(np.linalg.norm(X, axis=1, keepdims=True), 1e-9)
-    X, y = (X - X[first].mean(0)) / X.std(), np.array(y)
+    X, y = normalize(X), np.array(y)
+    X = (X - X[first].mean(0)) / X.std()
     fit = LogisticRegression(max_iter=200).fit(X[first], y[first])
     accuracy = 100 * fit.score(X[~first], y[~first])
     return {"STSBenchmark validation": round(sts, 2), "Banking77 train": round(accuracy, 2)}
@@ -223,7 +220,8 @@ def tune(a):
                 embedder, folder = train(f"{stage}-simcse", CONTRAST | dict(init=stage), a.seeds[0], a,
                                          {stage: {}})
             read = once(lambda texts: embedder.pooled(embedder.ids(texts)))
-            row = {"method": method, "trial": trial, "texts": a.texts, "as it is": validation(read, a.data_dir),
+            row = {"method": method, "trial": trial, "texts": a.texts,
+                   "as it is": validation(read, a.data_dir),
                    "whitened": validation(whitened(read, embedder.W), a.data_dir),
                    "seconds": round(time.time() - t0)}
             with open(file, "a") as f:
@@ -237,8 +235,8 @@ def tune(a):
 def bootstrap(one, two, draws=1000):
     """Paired bootstrap over the pairs of each STS task of mean Spearman(one) - mean Spearman(two), x 100.
 
-    one, two: for each seed {task: (2,n) cosines and gold}; means over seeds are compared -> mean, 2.5 %, 97.5 %.
-    Ranks are those in the whole task: a draw correlates the ranks of its pairs."""
+    one, two: for each seed {task: (2,n) cosines and gold}; means over seeds are compared -> mean, 2.5 % and
+    97.5 %. Ranks are those in the whole task: a draw correlates the ranks of its pairs."""
     rng, diffs, full = np.random.default_rng(0), np.zeros(draws), 0.0
     for t in STS:
         rows = rng.integers(0, one[0][t].shape[1], (draws, one[0][t].shape[1]))
@@ -284,7 +282,8 @@ def report(a):
             found = lambda name: [(arrays, how if f"{how}/{STS[0]}" in arrays else "as it is")
                                   for _, arrays in runs.get(name, [])]
             items = lambda name: [{t: arrays[f"{h}/{t}"] for t in STS} for arrays, h in found(name)]
-            complete = lambda name: found(name) and all(f"{h}/{t}" in arrays for arrays, h in found(name) for t in STS)
+            complete = lambda name: found(name) and all(
+                f"{h}/{t}" in arrays for arrays, h in found(name) for t in STS)
             if complete(one) and complete(two):
                 claims.append({"claim": f"{one} > {two}", "vectors": how,
                                "mean STS": bootstrap(items(one), items(two)),
@@ -298,18 +297,19 @@ def report(a):
     out = ROOT / "results" / f"contest-{Path(a.corpus).name}"
     out.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n")
     columns = [*STS, "mean STS", "Banking77Classification"]
-    text = [f"{a.texts:,} texts of {Path(a.corpus).name} a run; scores x 100, whitened vectors; mean and 95 % "
-            "interval over seeds", "", "| | seeds | " + " | ".join(columns) + " | mean STS as it is |",
+    text = [f"{a.texts:,} texts of {Path(a.corpus).name} a run; scores x 100, whitened vectors; mean and "
+            "95 % interval over seeds", "", "| | seeds | " + " | ".join(columns) + " | mean STS as it is |",
             "|---|---:|" + "---:|" * (len(columns) + 1)]
     show = lambda x: "" if x is None else f"{x[0]:.2f}" + ("" if x[1] is None else f" ± {x[1]:.2f}")
     for name, row in table.items():
         best = row.get("whitened", row["as it is"])
-        text.append(f"| {name} | {len(row['seeds']) or ''} | " + " | ".join(show(best.get(c)) for c in columns)
-                    + f" | {show(row['as it is'].get('mean STS'))} |")
+        cells = [show(best.get(c)) for c in columns] + [show(row["as it is"].get("mean STS"))]
+        text.append(f"| {name} | {len(row['seeds']) or ''} | {' | '.join(cells)} |")
     text += ["", "| claim | vectors | seeds | difference of mean STS | 95 % of the bootstrap |",
              "|---|---|---|---:|---:|"]
-    text += [f"| {c['claim']} | {c['vectors']} | {c['seeds'][0]}, {c['seeds'][1]} | {c['mean STS'][0]:+.2f} | "
-             f"{c['mean STS'][1]:+.2f} to {c['mean STS'][2]:+.2f} |" for c in claims]
+    for c in claims:
+        (n, m), (mean, low, high) = c["seeds"], c["mean STS"]
+        text.append(f"| {c['claim']} | {c['vectors']} | {n}, {m} | {mean:+.2f} | {low:+.2f} to {high:+.2f} |")
     out.with_suffix(".md").write_text("\n".join(text) + "\n")
     print("\n".join(text))
 
@@ -329,20 +329,17 @@ def main():
     a = p.parse_args()
     a.runs = a.runs or str(ROOT / "runs" / f"contest-{Path(a.corpus).stem}-{a.texts}")
     if unknown := set(a.cells or ()) - set(TRIALS if a.tune else [*READINGS, *CELLS]):
-        p.error(f"--cells: expected some of {', '.join([*READINGS, *CELLS])}, got {', '.join(sorted(unknown))}")
+        known = ", ".join(TRIALS if a.tune else [*READINGS, *CELLS])
+        p.error(f"--cells: expected some of {known}, got {', '.join(sorted(unknown))}")
     Path(a.runs).mkdir(parents=True, exist_ok=True)
     if a.tune or a.curves:
         return tune(a) if a.tune else curves(a)
-    model, tok = t2t.load_backbone(a.backbone, "causal")
-    tokens = corpus_of(a, tok, len(t2t.head(model).weight))
-    some = [tok.decode(tokens.text(n).tolist(), skip_special_tokens=True)
-            for n in t2t.order_of_texts(0, 0, len(tokens.start) - 1)[:2048]]
-    untrained = readings(a.backbone, a.corpus)
+    untrained, some = readings(a.backbone, a.corpus)
     tasks = [evaluation.localize(t, a.data_dir) for t in evaluation.pick(a.tasks)]
     for n, seed in enumerate(a.seeds):
-        for name in a.cells or [*READINGS, *CELLS]:
-            if n == 0 or name not in untrained:
-                cell(name, 0 if name in untrained else seed, tasks, a, untrained, some)       # a reading has no seed
+        for name in a.cells or [*untrained, *CELLS]:
+            if n == 0 or name not in untrained:        # a reading has no seed
+                cell(name, 0 if name in untrained else seed, tasks, a, untrained, some)
     report(a)
 
 

@@ -32,13 +32,15 @@ import eval as evaluation  # noqa: E402
 import t2t  # noqa: E402
 
 
+NAMES = ["mean", "last", "prompt", "echo", "mean - PC", "head rows", "SIF", "tf-idf"]
+
+
 def readings(backbone, corpus, max_length=128):
-    """-> {name: function(list of n texts) -> (n, dimensions)}"""
+    """-> {name: function(list of n texts) -> (n, dimensions)}, and the 2,048 texts that PCs are taken from"""
     model, tok = t2t.load_backbone(backbone, "causal")
     H, special = t2t.head(model).weight.detach().numpy(), set(tok.all_special_ids)
     V, words = len(H), t2t.read_vocabulary(tok, len(H))
-    find = lambda flat, n: t2t.find_words(words, flat, n)
-    tokens = t2t.read_tokens(corpus, tok, max_length, V, find, words.hash)
+    tokens = t2t.corpus_tokens(corpus, tok, max_length, words)
     N = len(tokens.start) - 1
     idf = np.log(N / np.maximum(1, tokens.df))
     frequency = np.bincount(tokens.ids, minlength=V) / len(tokens.ids)
@@ -98,12 +100,12 @@ def readings(backbone, corpus, max_length=128):
     def tf_idf(texts):
         out = np.zeros((len(texts), V), np.float32)
         for n, ids in enumerate(t2t.tokenize(tok, texts, max_length)):
-            np.add.at(out[n], find(np.array(ids, int), [len(ids)])[1], 1)
+            np.add.at(out[n], t2t.find_words(words, np.array(ids, int), [len(ids)])[1], 1)
         return out * idf
 
-    return {"mean": mean, "last": lambda texts: plain(tuple(texts))[1], "prompt": prompt, "echo": echo,
-            "mean - PC": without_pc(mean), "head rows": rows(np.ones(V)),
-            "SIF": without_pc(rows(1e-3 / (1e-3 + frequency))), "tf-idf": tf_idf}
+    last = lambda texts: plain(tuple(texts))[1]
+    head_rows, sif = rows(np.ones(V)), without_pc(rows(1e-3 / (1e-3 + frequency)))
+    return dict(zip(NAMES, [mean, last, prompt, echo, without_pc(mean), head_rows, sif, tf_idf])), some
 
 
 class Reading(AbsEncoder):
@@ -129,7 +131,8 @@ def main():
     a = p.parse_args()
     tasks = [evaluation.localize(t, a.data_dir) for t in evaluation.pick(a.tasks)]
     t0, table = time.time(), {}
-    chosen = {k: v for k, v in readings(a.backbone, a.corpus).items() if not a.readings or k in a.readings}
+    found, _ = readings(a.backbone, a.corpus)
+    chosen = {k: v for k, v in found.items() if not a.readings or k in a.readings}
     for task in tasks:                                 # readings inside: they share states
         task.load_data()
         for name, read in chosen.items():

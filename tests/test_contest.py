@@ -24,13 +24,13 @@ def data(tmp_path, monkeypatch):
 
 
 def test_interval_by_hand():
-    """1, 2, 3: mean 2, standard deviation 1, t of two degrees of freedom 4.3027: half width 4.3027 / sqrt 3."""
+    """1, 2, 3: mean 2, deviation 1, t of two degrees of freedom 4.3027: half width 4.3027 / sqrt 3."""
     assert contest.interval([1, 2, 3]) == (2.0, 2.48)
     assert contest.interval([5.0]) == (5.0, None)
 
 
 def test_bootstrap():
-    """A reading that is the gold itself against noise: Spearman 1 against about 0; against itself: 0, no width."""
+    """A reading that is the gold itself against noise: Spearman 1 against 0; against itself: 0, no width."""
     rng = np.random.default_rng(0)
     gold = {t: rng.random(200) for t in contest.STS}
     perfect = [{t: np.stack([g, g]) for t, g in gold.items()}]
@@ -69,8 +69,8 @@ def test_two_stages_from_nothing(data, backbone, texts_file, tmp_path, monkeypat
     (tmp_path / "results").mkdir()
     monkeypatch.setattr(contest, "STS", ["STS12", "STSBenchmark"])
     args = ["contest.py", "--data-dir", data, "--corpus", str(texts_file), "--backbone", str(backbone),
-            "--seeds", "1", "2", "--runs", str(tmp_path / "runs"), "--texts", "256", "--tasks", "STS12", "STSBenchmark", "--cells",
-            "mntp, simcse", "data, causal"]
+            "--seeds", "1", "2", "--runs", str(tmp_path / "runs"), "--texts", "256",
+            "--tasks", "STS12", "STSBenchmark", "--cells", "mntp, simcse", "data, causal"]
     monkeypatch.setattr(sys, "argv", args)
     contest.main()
     facts = json.loads((tmp_path / "results" / "contest-texts.json").read_text())

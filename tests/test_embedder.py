@@ -10,7 +10,8 @@ from torch.testing import assert_close
 
 import t2t
 from corpus import Error
-from t2t import Embedder, head, load_backbone, pad, pool, prove_attention, states
+from backbone import prove_attention
+from t2t import Embedder, head, load_backbone, pad, pool, states
 
 IDS = torch.tensor([[1, 17, 30, 44, 9, 12], [1, 23, 8, 0, 0, 0]])
 MASK = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0]])

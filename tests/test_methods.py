@@ -11,6 +11,7 @@ from test_train import Stop, config, log, weights
 from torch.testing import assert_close
 
 import t2t
+from backbone import Head
 from corpus import Error
 from t2t import Embedder, train
 
@@ -24,14 +25,14 @@ class Fixed(torch.nn.Module):
 
 
 def test_simcse_by_hand():
-    """Two texts at a right angle, read alike twice: cosines 1 and 0, L = log(1 + exp(-1 / tau)); scale is free."""
+    """Two texts at a right angle, read alike twice: cosines 1 and 0, L = log(1 + exp(-1 / tau))."""
     h = torch.tensor([[3.0, 0.0], [0.0, 0.5]], requires_grad=True)
     for parts in ([(0, 2)], [(0, 1), (1, 2)]):                       # in one part or two: the same loss
         model = Fixed().eval()
         [(shown, L)] = t2t.simcse(lambda a, b: (None, h[a:b]), parts, model, 0.3, 0.5)
         assert_close(L, torch.tensor(math.log1p(math.exp(-2))), rtol=1e-6, atol=0)
         assert shown == L.detach() and not model.training and model.attention_dropout == 0.3
-    other = iter([h, h.flip(0)])                                      # second reading swapped: cosines 0 and 1
+    other = iter([h, h.flip(0)])                                  # second reading swapped: cosines 0 and 1
     [(_, L)] = t2t.simcse(lambda *_: (None, next(other)), [(0, 2)], Fixed(), 0.3, 0.5)
     assert_close(L, torch.tensor(math.log1p(math.exp(2))), rtol=1e-6, atol=0)
 
@@ -68,11 +69,11 @@ def _without_dropout():
 
 # ----------------------------------------------------------------------------------------------------- mntp
 def test_mntp_reads_the_state_before_the_gap():
-    """States that give away the token *after* each place: no loss. States that know each place itself: much."""
+    """States that give away the token *after* each place: no loss. That know each place itself: much."""
     V, blank = 12, 11
     ids = torch.tensor([[1, 5, 6, 7, 8, 2, 9], [1, 3, 4, 5, 0, 0, 0]])
     mask = torch.tensor([[1] * 7, [1] * 4 + [0] * 3])
-    H, given = t2t.Head(torch.eye(V) * 50, None), []
+    H, given = Head(torch.eye(V) * 50, None), []
     nll, special = lambda x, v: t2t.token_nll(x, v, H, "torch"), torch.tensor([1, 2])
 
     def knows(shift):
@@ -117,8 +118,8 @@ def test_whiten():
         assert W.dtype == np.float32
         np.testing.assert_allclose(W, W.T, atol=1e-5)
         after = np.linalg.eigvalsh((u @ W).T @ (u @ W) / 500)
-        np.testing.assert_allclose(after / after.mean(), before ** (1 - power) / (before ** (1 - power)).mean(),
-                                   rtol=1e-3)
+        want = before ** (1 - power)
+        np.testing.assert_allclose(after / after.mean(), want / want.mean(), rtol=1e-3)
     np.testing.assert_allclose(t2t.whiten(h, 0.0), np.eye(8), atol=1e-6)
     few = t2t.whiten(h[:3], 1.0)                                      # directions never seen: the ridge
     assert np.isfinite(few).all()
@@ -134,7 +135,7 @@ def test_whitening_is_in_the_folder(backbone, texts_file, tmp_path):
     assert tokens == [[t for t, _ in row] for row in white.tokens(texts)]   # the head reads h, not h W
 
 
-# ------------------------------------------------------------------------------------- the loop, for all methods
+# ------------------------------------------------------------------------------- the loop, for all methods
 @pytest.mark.parametrize("method", ["simcse", "mntp", "data"])
 def test_every_method_resumes_bit_for_bit(method, backbone, texts_file, tmp_path):
     whole = config(backbone, texts_file, tmp_path / "whole", method=method)
@@ -165,7 +166,8 @@ def test_baselines_learn_and_stack(backbone, texts_file, tmp_path):
 
 
 def test_model_targets_only_of_texts_that_are_seen(backbone, texts_file, tmp_path, monkeypatch):
-    """Slow targets are made for the first runs of the first epoch alone; the steps that train on them stay the same."""
+    """Slow targets are made for the first runs of the first epoch alone; the steps that train on them stay
+    the same."""
     made, keep = [], t2t.keep_targets
 
     def watched(name, tokens, seen, *rest):
@@ -180,4 +182,4 @@ def test_model_targets_only_of_texts_that_are_seen(backbone, texts_file, tmp_pat
         out = tmp_path / how.__name__
         train(config(backbone, texts_file, out, method="model", steps=18, batch_size=4))
         losses.append([r["loss"] for r in log(out)])
-    assert made == [2 * 16 * 4] and losses[0] == losses[1]                # 128 of 400 texts: two runs of 16 batches
+    assert made == [2 * 16 * 4] and losses[0] == losses[1]        # 128 of 400 texts: two runs of 16 batches

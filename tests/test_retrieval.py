@@ -31,7 +31,7 @@ def test_sparse_store_counts_what_it_holds():
     store = retrieval.Store()
     store.add_documents(dense.to_sparse(), None)
     values, top = store.search(torch.tensor([[1.0, 1, 0, 2]]).to_sparse(), 3, None)
-    assert top == [[2, 0, 1]] and values == [[5.0, 4.0, 0.0]]             # dot products: 3 + 2, 2 + 2, nothing
+    assert top == [[2, 0, 1]] and values == [[5.0, 4.0, 0.0]]         # dot products: 3 + 2, 2 + 2, nothing
     assert store.nonzeros == pytest.approx(4 / 3)
     held = csr_matrix(dense.numpy())
     assert store.bytes == held.data.nbytes + held.indices.nbytes + held.indptr.nbytes
@@ -50,7 +50,7 @@ def test_a_checkpoint_without_sparse_is_refused(tmp_path):
         retrieval.compare(str(tmp_path), [], 8, "cpu")
 
 
-# -------------------------------------------------------------------------- through mteb, on a made-up SciFact
+# ---------------------------------------------------------------------- through mteb, on a made-up SciFact
 def gz(path, rows):
     path.parent.mkdir(parents=True, exist_ok=True)
     with gzip.open(path, "wt", encoding="utf-8") as file:
@@ -73,14 +73,16 @@ def scifact(tmp_path_factory):
     (folder / "README.md").write_text(
         "---\nconfigs:\n" + part("default", "train", "qrels/train.jsonl.gz")
         + '  - split: test\n    path: "qrels/test.jsonl.gz"\n'
-        + part("corpus", "corpus", "corpus.jsonl.gz") + part("queries", "queries", "queries.jsonl.gz") + "---\n")
+        + part("corpus", "corpus", "corpus.jsonl.gz")
+        + part("queries", "queries", "queries.jsonl.gz") + "---\n")
     return folder.parent.parent
 
 
 def test_the_whole_table(scifact, backbone, texts_file, tmp_path, capsys, monkeypatch):
     import datasets
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
-    ckpt = t2t.train(config(backbone, texts_file, tmp_path / "ckpt", steps=300, lr=1e-2, dropout=0.0, top_k=32))
+    settings = dict(steps=300, lr=1e-2, dropout=0.0, top_k=32)
+    ckpt = t2t.train(config(backbone, texts_file, tmp_path / "ckpt", **settings))
     capsys.readouterr()
     import eval as ev
     assert ev.main([ckpt, "--sparse", "--tasks", "SciFact", "--data-dir", str(scifact),
@@ -91,7 +93,7 @@ def test_the_whole_table(scifact, backbone, texts_file, tmp_path, capsys, monkey
     assert list(rows) == ["dense", "sparse", "BM25", "dense + sparse", "dense + BM25", "sparse + BM25",
                           "dense + sparse + BM25"]
     assert all(0 <= row["SciFact"] <= 100 for row in rows.values())
-    assert rows["BM25"]["SciFact"] > 80                                    # the query is words of its document
+    assert rows["BM25"]["SciFact"] > 80                                # the query is words of its document
     cost = rows["sparse"]["cost"]["SciFact"]
     assert 0 < cost["non-zeros a document"] <= 32 and cost["index MB"] == pytest.approx(0, abs=0.02)
     # dense as mteb alone scores the same checkpoint: nothing is lost on the way through our store
