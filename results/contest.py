@@ -5,11 +5,11 @@
     python results/contest.py --data-dir DIR --tune                  # the trials on validation splits
     python results/contest.py --data-dir DIR --curves                # what happens during training
 
-A trained cell is one call of t2t.train; `init` names the cell whose checkpoint it starts from. An untrained
-cell is a reading of results/readings.py. Every vector is scored twice: as it is, and whitened (t2t.whiten,
-from 2,048 texts of the corpus) -- so no method wins by what could be done to all of them. Test splits are
-scored with the settings that --tune found; it looks at STSBenchmark validation and Banking77 train only.
-Cells are kept in --runs, tables in results/contest-CORPUS.json and .md.
+A trained cell is one call of t2t.train a stage; stages follow one another through --init and share the texts
+of the run evenly. An untrained cell is a reading of results/readings.py. Every vector is scored twice: as it
+is, and whitened (t2t.whiten, from 2,048 texts of the corpus) -- so no method wins by what could be done to all
+of them. Test splits are scored with the settings that --tune found; it looks at STSBenchmark validation and
+Banking77 train only. Cells are kept in --runs, tables in results/contest-CORPUS.json and .md.
 """
 import argparse
 import gzip
@@ -36,32 +36,31 @@ import eval as evaluation  # noqa: E402
 import t2t  # noqa: E402
 
 STS = ["STS12", "STS13", "STSBenchmark"]
-CONTRAST = dict(method="simcse", batch_size=128, micro_batch=8, lr=3e-4)
+CONTRAST = dict(method="simcse", batch_size=128, micro_batch=8, lr=3e-5, temperature=2.0)
 PREDICT = dict(method="mntp", batch_size=64, lr=3e-4)
 TARGET = dict(method="data", batch_size=64, lr=4e-3)
-CELLS = {                                              # name -> settings that differ from t2t.Config's
-    "simcse": CONTRAST,
-    "mntp": PREDICT,
-    "mntp, simcse": CONTRAST | dict(init="mntp"),      # LLM2Vec's unsupervised recipe
-    "data": TARGET,
-    "model": TARGET | dict(method="model"),
-    "both": TARGET | dict(method="both"),
-    "data, model": TARGET | dict(method="model", init="data"),
-    "data, causal": TARGET | dict(attention="causal"),
-    "data, last": TARGET | dict(pooling="last"),
-    "data, causal, last": TARGET | dict(attention="causal", pooling="last"),
-    "simcse, causal": CONTRAST | dict(attention="causal"),
+MODEL = TARGET | dict(method="model")
+CELLS = {                                              # name -> for each stage what differs from t2t.Config
+    "simcse": [CONTRAST],
+    "mntp, simcse": [PREDICT, CONTRAST],               # LLM2Vec's unsupervised recipe
+    "data": [TARGET],
+    "model": [MODEL],
+    "both": [TARGET | dict(method="both")],
+    "data, model": [TARGET, MODEL],
+    "data, causal": [TARGET | dict(attention="causal")],
+    "data, last": [TARGET | dict(pooling="last")],
+    "data, causal, last": [TARGET | dict(attention="causal", pooling="last")],
+    "simcse, causal": [CONTRAST | dict(attention="causal")],
     # one change at a time
-    "data, no dropout": TARGET | dict(dropout=0.0),
-    "data, no single tokens": TARGET | dict(token_loss=0.0),
+    "data, no dropout": [TARGET | dict(dropout=0.0)],
+    "data, no single tokens": [TARGET | dict(token_loss=0.0)],
 }
-TRIALS = {                                             # the best of each stands above
-    "simcse": [dict(lr=1e-4), dict(lr=3e-4), dict(lr=1e-3)],
-    "mntp": [dict(lr=3e-4), dict(lr=1e-3)],                 # besides those of simcse, which follows it
+TRIALS = {                                             # of the first stage; the best of each stands above
+    "simcse": [dict(lr=3e-5), dict(lr=1e-4), dict(lr=3e-4), dict(lr=1e-3), dict(lr=3e-5, temperature=2.0)],
+    "mntp, simcse": [dict(lr=3e-4), dict(lr=1e-3)],    # besides those of simcse, which follows it
     "data": [dict(lr=1e-3), dict(lr=2e-3), dict(lr=4e-3)],
     "model": [dict(lr=1e-3), dict(lr=2e-3), dict(lr=4e-3)],
 }
-BASE = {"simcse": CONTRAST, "mntp": PREDICT, "data": TARGET, "model": TARGET | dict(method="model")}
 CLAIMS = [("data", x) for x in (
     "simcse", "mntp, simcse", "mean", "SIF", "tf-idf", "model", "both", "data, model", "data, causal",
     "data, last", "data, no dropout", "data, no single tokens")]
@@ -72,19 +71,17 @@ def place(name, seed, a):
     return Path(a.runs) / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}"
 
 
-def train(name, settings, seed, a, stages=CELLS, watch=None):
-    """The Embedder of a cell, trained unless it stands in --runs."""
-    folder = place(name, seed, a)
-    if not (folder / "t2t.json").exists():
-        settings = dict(settings)
-        if "init" in settings:
-            before = settings["init"]
-            train(before, stages[before], seed, a)
-            settings["init"] = str(place(before, seed, a))
-        resume = (folder / "state" / "last.pt").exists()
-        steps = a.texts // settings["batch_size"]
-        t2t.train(t2t.Config(backbone=a.backbone, corpus=a.corpus, out=str(folder), seed=seed, resume=resume,
-                             steps=steps, save_every=100, **settings), None, watch)
+def train(name, stages, seed, a, watch=None):
+    """The Embedder of a cell and its folder, trained unless it stands in --runs."""
+    before = ""
+    for n, settings in enumerate(stages, 1):
+        folder = place(name, seed, a) if n == len(stages) else place(f"{name} stage {n}", seed, a)
+        if not (folder / "t2t.json").exists():
+            steps = a.texts // len(stages) // settings["batch_size"]
+            resume = (folder / "state" / "last.pt").exists()
+            t2t.train(t2t.Config(backbone=a.backbone, corpus=a.corpus, init=before, out=str(folder),
+                                 seed=seed, resume=resume, steps=steps, save_every=100, **settings), None, watch)
+        before = str(folder)
     return t2t.Embedder.load(folder), folder
 
 
@@ -96,7 +93,7 @@ def curves(a, points=8):
         model, tok = t2t.load_backbone(a.backbone, t2t.Config.attention)
         before = t2t.Embedder(model, tok, t2t.Config.pooling, t2t.Config.max_length)
         ids = analyze.sample(t2t.corpus_tokens(a.corpus, tok, t2t.Config.max_length, before.words), 300)
-        B, line = CELLS[name]["batch_size"], found.setdefault(name, [])
+        B, line = CELLS[name][0]["batch_size"], found.setdefault(name, [])
 
         def watch(step, embedder):
             if step % (a.texts // B // points) == 0:
@@ -105,7 +102,7 @@ def curves(a, points=8):
                 print(name, line[-1], flush=True)
         watch(0, before)
         shutil.rmtree(place(f"{name} watched", a.seeds[0], a), ignore_errors=True)
-        train(f"{name} watched", CELLS[name], a.seeds[0], a, watch=watch)
+        train(f"{name} watched", CELLS[name], a.seeds[0], a, watch)
     command = f"python results/contest.py --curves --texts {a.texts} --data-dir DIR"
     facts = {"command": command, "curves": found}
     (ROOT / "results" / "trajectories.json").write_text(json.dumps(facts, indent=1) + "\n")
@@ -207,18 +204,15 @@ def validation(read, data_dir, bank=True):
 
 
 def tune(a):
-    """Each method's trials; mntp is judged by what simcse makes of it."""
+    """Each method's trials, judged by what the last stage makes of them."""
     file = Path(a.runs) / "trials.jsonl"
     done = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     for method in a.cells or TRIALS:
         for n, trial in enumerate(TRIALS[method]):
             if any(d["method"] == method and d["trial"] == trial for d in done):
                 continue
-            t0, stage = time.time(), f"trial-{method}-{n}"
-            embedder, folder = train(stage, BASE[method] | trial, a.seeds[0], a)
-            if method == "mntp":
-                embedder, folder = train(f"{stage}-simcse", CONTRAST | dict(init=stage), a.seeds[0], a,
-                                         {stage: {}})
+            t0, (first, *others) = time.time(), CELLS[method]
+            embedder, folder = train(f"trial {method} {n}", [first | trial, *others], a.seeds[0], a)
             read = once(lambda texts: embedder.pooled(embedder.ids(texts)))
             row = {"method": method, "trial": trial, "texts": a.texts,
                    "as it is": validation(read, a.data_dir),
@@ -227,8 +221,7 @@ def tune(a):
             with open(file, "a") as f:
                 f.write(json.dumps(row) + "\n")
             print(row, flush=True)
-            if method != "mntp":
-                shutil.rmtree(folder)
+            shutil.rmtree(folder)
 
 
 # ---------------------------------------------------------------------------------------------------- tables

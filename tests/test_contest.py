@@ -76,9 +76,11 @@ def test_two_stages_from_nothing(data, backbone, texts_file, tmp_path, monkeypat
     facts = json.loads((tmp_path / "results" / "contest-texts.json").read_text())
     row = facts["rows"]["mntp, simcse"]
     assert row["seeds"] == [1, 2] and set(row["whitened"]) == {"STS12", "STSBenchmark", "mean STS"}
-    for name in ("mntp-1", "mntp-simcse-2", "data-causal-1"):
-        made = json.loads((tmp_path / "runs" / name / "t2t.json").read_text())
-        assert made["texts_seen"] == 256
+    made = lambda name: json.loads((tmp_path / "runs" / name / "t2t.json").read_text())
+    assert made("mntp-simcse-stage-1-1")["texts_seen"] == made("mntp-simcse-2")["texts_seen"] == 128
+    assert made("mntp-simcse-2")["config"]["init"] == str(tmp_path / "runs" / "mntp-simcse-stage-1-2")
+    made = made("data-causal-1")
+    assert made["texts_seen"] == 256
     assert made["config"]["attention"] == "causal"
     table = (tmp_path / "results" / "contest-texts.md").read_text()
     assert "| mntp, simcse | 2 |" in table and "±" in table
