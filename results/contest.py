@@ -7,9 +7,9 @@
 
 A trained cell is one call of t2t.train a stage; stages follow one another through --init and share the texts
 of the run evenly. An untrained cell is a reading of results/readings.py. Every vector is scored twice: as it
-is, and whitened (t2t.whiten, from 2,048 texts of the corpus) -- so no method wins by what could be done to all
-of them. Test splits are scored with the settings that --tune found; it looks at STSBenchmark validation and
-Banking77 train only. Cells are kept in --runs, tables in results/contest-CORPUS.json and .md.
+is, and whitened (t2t.whiten, from 2,048 texts of the corpus) -- so no method wins by what could be done to
+all of them. Test splits are scored with the settings that --tune found; it looks at STSBenchmark validation
+and Banking77 train only. Cells are kept in --runs, tables in results/contest-CORPUS.json and .md.
 """
 import argparse
 import gzip
@@ -79,8 +79,9 @@ def train(name, stages, seed, a, watch=None):
         if not (folder / "t2t.json").exists():
             steps = a.texts // len(stages) // settings["batch_size"]
             resume = (folder / "state" / "last.pt").exists()
-            t2t.train(t2t.Config(backbone=a.backbone, corpus=a.corpus, init=before, out=str(folder),
-                                 seed=seed, resume=resume, steps=steps, save_every=100, **settings), None, watch)
+            t2t.train(t2t.Config(backbone=a.backbone, corpus=a.corpus, max_length=a.max_length, init=before,
+                                 out=str(folder), seed=seed, resume=resume, steps=steps, save_every=100,
+                                 **settings), None, watch)
         before = str(folder)
     return t2t.Embedder.load(folder), folder
 
@@ -91,8 +92,8 @@ def curves(a, points=8):
     found = {}
     for name in ("data", "simcse"):
         model, tok = t2t.load_backbone(a.backbone, t2t.Config.attention)
-        before = t2t.Embedder(model, tok, t2t.Config.pooling, t2t.Config.max_length)
-        ids = analyze.sample(t2t.corpus_tokens(a.corpus, tok, t2t.Config.max_length, before.words), 300)
+        before = t2t.Embedder(model, tok, t2t.Config.pooling, a.max_length)
+        ids = analyze.sample(t2t.corpus_tokens(a.corpus, tok, a.max_length, before.words), 300)
         B, line = CELLS[name][0]["batch_size"], found.setdefault(name, [])
 
         def watch(step, embedder):
@@ -149,7 +150,7 @@ def cell(name, seed, tasks, a, untrained, some):
     """Train and score one cell, unless it stands in --runs; write it there."""
     file = place(name, seed, a).with_suffix(".npz")
     same = {"settings": CELLS.get(name), "corpus": Path(a.corpus).name, "texts": a.texts,
-            "backbone": Path(a.backbone).name}
+            "max_length": a.max_length, "backbone": Path(a.backbone).name}
     kept = json.loads(str(np.load(file)["facts"])) if file.exists() else {
         "name": name, "seed": seed, **same, "scores": {}}
     if {k: kept.get(k) for k in same} != same:
@@ -282,7 +283,8 @@ def report(a):
                                "mean STS": bootstrap(items(one), items(two)),
                                "seeds": [len(items(one)), len(items(two))]})
     trials = Path(a.runs) / "trials.jsonl"
-    command = f"python results/contest.py --corpus {Path(a.corpus).name} --texts {a.texts} --data-dir DIR"
+    command = (f"python results/contest.py --corpus {Path(a.corpus).name} --texts {a.texts} "
+               f"--max-length {a.max_length} --data-dir DIR")
     facts = {"command": command, "texts a run": a.texts,
              "versions": {p: version(p) for p in ("torch", "transformers", "mteb", "scipy")},
              "rows": table, "claims": claims,
@@ -290,8 +292,9 @@ def report(a):
     out = ROOT / "results" / f"contest-{Path(a.corpus).name}"
     out.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n")
     columns = [*STS, "mean STS", "Banking77Classification"]
-    text = [f"{a.texts:,} texts of {Path(a.corpus).name} a run; scores x 100, whitened vectors; mean and "
-            "95 % interval over seeds", "", "| | seeds | " + " | ".join(columns) + " | mean STS as it is |",
+    head = " | ".join([" ", "seeds", *columns, "mean STS as it is"])
+    text = [f"{a.texts:,} texts of {Path(a.corpus).name}, up to {a.max_length} tokens, a run; scores x 100, "
+            "whitened vectors; mean and 95 % interval over seeds", "", f"| {head} |",
             "|---|---:|" + "---:|" * (len(columns) + 1)]
     show = lambda x: "" if x is None else f"{x[0]:.2f}" + ("" if x[1] is None else f" ± {x[1]:.2f}")
     for name, row in table.items():
@@ -316,6 +319,7 @@ def main():
     p.add_argument("--cells", nargs="+")
     p.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     p.add_argument("--texts", type=int, default=32000)
+    p.add_argument("--max-length", type=int, default=t2t.Config.max_length)
     p.add_argument("--tasks", nargs="+", default=[*STS, "Banking77Classification"])
     p.add_argument("--tune", action="store_true")
     p.add_argument("--curves", action="store_true")
@@ -327,7 +331,7 @@ def main():
     Path(a.runs).mkdir(parents=True, exist_ok=True)
     if a.tune or a.curves:
         return tune(a) if a.tune else curves(a)
-    untrained, some = readings(a.backbone, a.corpus)
+    untrained, some = readings(a.backbone, a.corpus, a.max_length)
     tasks = [evaluation.localize(t, a.data_dir) for t in evaluation.pick(a.tasks)]
     for n, seed in enumerate(a.seeds):
         for name in a.cells or [*untrained, *CELLS]:
