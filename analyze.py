@@ -115,14 +115,6 @@ def sample(tokens, n):
     return list(islice((i for i in map(tokens.text, order) if len(i) >= 8), n))
 
 
-def logits(embedder, h):
-    import t2t
-    import torch
-    H = t2t.head(embedder.model)
-    with torch.no_grad():
-        return H(torch.from_numpy(h).to(H.weight)).float()
-
-
 def aligned(z, embedder, ids):
     """Both alignments of logits z (N,V) with N texts"""
     special = set(embedder.tok.all_special_ids)
@@ -133,7 +125,7 @@ def aligned(z, embedder, ids):
 def measure(embedder, ids):
     """Alignment and quality on texts: `key` and `halves` are the coordinates of the picture, for which
     results/contest.py calls this during training."""
-    z = logits(embedder, embedder.pooled(ids))
+    z = embedder.logits(embedder.pooled(ids))
     return aligned(z, embedder, ids) | {"halves": halves(ids, embedder.pooled)}
 
 
@@ -235,13 +227,13 @@ def analyze(ckpt, texts=(), corpus=None):
     h, z = {}, {}
     for name, e in zip(before_after, (before, after)):
         h[name] = e.pooled(ids)
-        z[name] = logits(e, h[name])
+        z[name] = e.logits(h[name])
         facts[name] = aligned(z[name], e, ids) | {"halves": halves(ids, e.pooled)} | spread(h[name])
     if after.W is not None:
         whitened = lambda x: after.pooled(x) @ after.W
         facts["whitened"] = {"halves": halves(ids, whitened)} | spread(h["after"] @ after.W)
     moved, facts["shift"] = shift_first(h["before"], h["after"])
-    facts["before, first PC moved"] = aligned(logits(before, moved), before, ids)
+    facts["before, first PC moved"] = aligned(before.logits(moved), before, ids)
     rows = [*before_after, *(["whitened"] if "whitened" in facts else []), "before, first PC moved"]
     columns = ["hit@10", "local", "global", "key", "halves", "effective rank"]
     print(f"\n{len(ids):,} texts of {facts['corpus']}\n{'':28s}"

@@ -103,18 +103,23 @@ def save(out, embedder, config, facts):
     embedder.model.float().save_pretrained(new)
     embedder.tok.save_pretrained(new)
     shared = [f for f in new.iterdir() if f.is_file()]            # weights, config and tokenizer
-    W, word_head = embedder.W, embedder.word_head()
-    modules = [("Transformer", ""), ("Pooling", "1_Pooling"), ("Dense", "2_Dense")]
-    modules = modules[:2 if W is None else 3]
+    (rows, bias), W, first = embedder.word_head(), embedder.W, getattr(embedder.model.config, "first", 0.0)
+    C, layers = rows.shape[1], [("WeightedLayerPooling", "0_FirstLast")] if first else []
+    W = torch.eye(C) if W is None and first else W
+    modules = [("Transformer", ""), *layers, ("Pooling", "1_Pooling"), ("Dense", "2_Dense")]
+    modules = modules[:-1] if W is None else modules
     sentence_transformers_folder(new, config, "SentenceTransformer", modules, "cosine")
     (new / "1_Pooling").mkdir()
     write_json(new / "1_Pooling" / "config.json", {
-        "word_embedding_dimension": word_head[0].shape[1], "include_prompt": True,
-        "pooling_mode_cls_token": False, "pooling_mode_mean_tokens": config.pooling == "mean",
+        "word_embedding_dimension": C, "include_prompt": True,
+        "pooling_mode_cls_token": False, "pooling_mode_mean_tokens": config.pooling != "last",
         "pooling_mode_lasttoken": config.pooling == "last"})
     if W is not None:
-        write_dense(new / "2_Dense", torch.from_numpy(W), None, "torch.nn.modules.linear.Identity")
-    sparse_folder(new / "sparse", shared, word_head, config)
+        W = length(first) * torch.as_tensor(W)
+        write_dense(new / "2_Dense", W, None, "torch.nn.modules.linear.Identity")
+    sparse_folder(new / "sparse", shared, layers, (length(first) * rows, bias), config)
+    for folder in (new, new / "sparse") if first else ():
+        write_layers(folder / "0_FirstLast", embedder.model.config.num_hidden_layers, C, first)
     ours = [what for what, methods in OURS.items() if config.method in methods.split()]
     write_json(new / "t2t.json", facts | {"ours": ours})
     (new / "README.md").write_text(card(config, facts))
@@ -138,7 +143,7 @@ def sentence_transformers_folder(folder, config, model_type, modules, similarity
                {"max_seq_length": config.max_length, "do_lower_case": False})
 
 
-def sparse_folder(folder, shared, word_head, config):
+def sparse_folder(folder, shared, layers, word_head, config):
     """States, the head of words at each, SPLADE's log(1 + relu) and maximum, K largest: Embedder.sparse."""
     folder.mkdir()
     for f in shared:
@@ -146,7 +151,7 @@ def sparse_folder(folder, shared, word_head, config):
             os.link(f, folder / f.name)
         except OSError:                                           # a file system without hard links
             shutil.copy(f, folder)
-    modules = [("Transformer", ""), ("Dense", "1_Dense"), ("SpladePooling", "2_SpladePooling")]
+    modules = [("Transformer", ""), *layers, ("Dense", "1_Dense"), ("SpladePooling", "2_SpladePooling")]
     sentence_transformers_folder(folder, config, "SparseEncoder", modules, "dot",
                                  max_active_dims=config.top_k)
     write_dense(folder / "1_Dense", *word_head, "torch.nn.modules.linear.Identity",
@@ -168,11 +173,28 @@ def write_dense(folder, weight, bias, activation, **settings):
     save_file(dense, folder / "model.safetensors")
 
 
-def read_dense(folder):
+def read_dense(folder, model):
     """W (C,C) of a checkpoint that has one, else None."""
     from safetensors.numpy import load_file
     file = folder / "2_Dense" / "model.safetensors"
-    return load_file(file)["linear.weight"].T if file.exists() else None
+    longer = length(getattr(model.config, "first", 0.0))
+    return load_file(file)["linear.weight"].T / longer if file.exists() else None
+
+
+def write_layers(folder, layers, C, first):
+    """backbone.states after first_last in sentence-transformers: (last + first * embedding) / (1 + first)"""
+    from safetensors.torch import save_file
+    folder.mkdir()
+    write_json(folder / "config.json", {"word_embedding_dimension": C, "num_hidden_layers": layers,
+                                        "layer_start": 0})
+    weights = torch.zeros(layers + 1)
+    weights[0], weights[-1] = first, 1
+    save_file({"layer_weights": weights}, folder / "model.safetensors")
+
+
+def length(first):
+    """By how much states are longer than those of WeightedLayerPooling: what follows it makes up for that."""
+    return (1 + first) / 2 if first else 1.0
 
 
 def write_json(path, value):
@@ -181,6 +203,7 @@ def write_json(path, value):
 
 OURS = {"tf-idf weights": "data both", "first piece of a split word": "data both",
         "log p minus its mean over the corpus": "model both", "input tokens left out": "data model both",
+        "mean of first and last layer, scaled for the head": "data model both",
         "loss at single tokens": "data model both", "frozen head": "data model both simcse mntp",
         "every hyper-parameter": "data model both simcse mntp", "whitening": "data model both simcse mntp",
         "sparse vectors: SPLADE's maximum, a floor": "data model both simcse mntp none"}

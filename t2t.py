@@ -9,7 +9,7 @@ into one vector h and send *that* through the head: an untrained model lights up
 tokens that the text is about. Text2Token makes the second out of the first:
 
     h = pool(f(x))                          f: the backbone without its head
-    z = head(h)                             the backbone's own head, frozen
+    z = head(s h)                           the backbone's own head, frozen; s: a mean of states is short
     L = mean_b KL(q_b || softmax(z_b))      q_b: the few tokens, weighted, that text b should light up
 
     B texts   T tokens   C hidden width   V vocabulary   K sparse targets a text   (N: all rows, or all texts)
@@ -46,7 +46,8 @@ class Config:
     corpus: str = setting("docstrings", ".txt, .jsonl, .jsonl.gz, .parquet file, a folder, hub:NAME[:COLUMN]")
     out: str = setting("ckpt", "folder for the finished checkpoint")
     init: str = setting("", "start from this checkpoint's weights instead of the backbone's (a second stage)")
-    pooling: str = setting("mean", "how the states of a text become one vector", ["mean", "last"])
+    pooling: str = setting("auto", "of states; first-last: of two layers (auto: so for targets, else mean)",
+                           "auto first-last mean last".split())
     attention: str = setting("bidirectional", "what a token may look at", ["bidirectional", "causal"])
     top_k: int = setting(64, "K, target tokens a text")
     temperature: float = setting(1.0, "of the targets: lower is sharper (simcse: cosines, in units of 0.05)")
@@ -56,8 +57,9 @@ class Config:
     micro_batch: int = setting(32, "texts on the device at a time, the same gradient (0: the whole batch)")
     steps: int = setting(220, "optimiser steps")
     lr: float = setting(0.0, "peak learning rate (0: as in RATE; 2e-4 for adapters)")
-    whitening: float = setting(0.75, "how flat to make the spectrum of the embeddings: 0 not, 1 wholly")
-    token_loss: float = setting(1.0, "weight of the loss at single tokens (0: none)")
+    whitening: float = setting(1.0, "how flat to make the spectrum of the embeddings: 0 not, 1 wholly")
+    token_loss: float = setting(16.0, "weight of the loss at single tokens (0: none)")
+    scale: float = setting(4.0, "s, of a mean of states in front of the head")
     lora_rank: int = setting(-1, "of LoRA adapters (0: all weights; -1: 0 below 100 M parameters, else 16)")
     seed: int = setting(42, "of the order of texts and of every random number")
     device: str = setting("auto", "where to train", ["auto", "cpu", "cuda"])
@@ -86,7 +88,7 @@ def parse(argv):
 def checked(config):
     """config, or Error on a value that no run could use."""
     least = dict(top_k=1, max_length=1, batch_size=1, steps=1, save_every=1, temperature=1e-6, micro_batch=0,
-                 lr=0, token_loss=0, whitening=0, lora_rank=-1, seed=0, show_targets=0)
+                 lr=0, token_loss=0, scale=1e-6, whitening=0, lora_rank=-1, seed=0, show_targets=0)
     for f in dataclasses.fields(config):
         value, choices = getattr(config, f.name), f.metadata["choices"]
         if choices and value not in choices:
@@ -129,7 +131,7 @@ import backbone  # noqa: E402
 import checkpoint as disk  # noqa: E402
 import lexical  # noqa: E402
 import ops  # noqa: E402
-from backbone import cap, head, load_backbone, make_trainable, resolve, states  # noqa: E402
+from backbone import cap, first_last, head, load_backbone, make_trainable, resolve, states  # noqa: E402
 from baselines import entropy, mntp, simcse  # noqa: E402
 from build_ext import choose, compiled  # noqa: E402
 from corpus import STOP, blocks, code, keep_targets, key, read_tokens, stamps, tokenize  # noqa: E402
@@ -306,8 +308,9 @@ def model_targets(config, tokens, words, model, tok, K, sample=2048):
 # states(model, ids, mask) is what the model hands to its head, x (B,T,C); head(model)(x) are logits (B,T,V).
 
 def pool(x, mask, how):
-    """x (B,T,C), mask (B,T) -> (B,C), whichever side the padding is on."""
-    if how == "mean":
+    """x (B,T,C), mask (B,T) -> (B,C), whichever side the padding is on. OURS: for token targets, states are
+    the mean of first and last layer (backbone.first_last): what a token is, and what the text makes of it."""
+    if how != "last":
         m = mask[:, :, None].to(x.dtype)
         return (x * m).sum(1) / m.sum(1).clamp_min(1)
     last = mask.shape[1] - 1 - mask.flip(1).argmax(1)                 # (B,) the last place that is no padding
@@ -326,15 +329,15 @@ def pad(ids, pad_id, device="cpu"):
 class Embedder:
     """A model in use: h = pool(f(x)), and h W, the vectors that SentenceTransformer(folder).encode gives.
 
-    W (C,C) makes the spectrum of embeddings flatter: see whiten; top_k and floor belong to sparse vectors:
-    see lexical.py. W and floor are measured when training ends."""
+    W (C,C) makes the spectrum of embeddings flatter: see whiten; scale is s in z = head(s h); top_k and floor
+    belong to sparse vectors: see lexical.py. W and floor are measured when training ends."""
 
     word_head, strongest, sparse, explain = (lexical.word_head, lexical.strongest, lexical.sparse,
                                              lexical.explain)
 
-    def __init__(self, model, tok, pooling, max_length, W=None, top_k=64, floor=0.0):
+    def __init__(self, model, tok, pooling, max_length, W=None, scale=1.0, top_k=64, floor=0.0):
         self.model, self.tok, self.pooling, self.max_length = model, tok, pooling, max_length
-        self.W, self.top_k, self.floor = W, top_k, floor
+        self.W, self.scale, self.top_k, self.floor = W, scale, top_k, floor
 
     @classmethod
     def load(cls, folder, device="cpu"):
@@ -344,8 +347,8 @@ class Embedder:
         made = facts.get("config", {})
         model, tok = load_backbone(str(folder), made.get("attention", "causal"))
         return cls(model.to(device), tok, made.get("pooling", "mean"), made.get("max_length", 128),
-                   disk.read_dense(path.parent) if made else None, made.get("top_k", 64),
-                   facts.get("floor", 0.0))
+                   disk.read_dense(path.parent, model) if made else None, facts.get("scale", 1.0),
+                   made.get("top_k", 64), facts.get("floor", 0.0))
 
     def encode(self, texts, batch_size=64):
         """list of N str -> (N,C) float32, not normalised. A text without a token gives zeros."""
@@ -375,17 +378,22 @@ class Embedder:
             h[rows] = pool(states(self.model, x, mask).float(), mask, self.pooling).cpu().numpy()
         return h
 
+    @torch.no_grad()
+    def logits(self, h):
+        """(N,C) float32 -> (N,V) float32: z = head(s h), by which a vector lights up tokens."""
+        h = torch.from_numpy(h).to(self.head.weight)
+        return self.head(self.scale * h).float().cpu()
+
     @functools.cached_property
     def words(self):
-        return read_vocabulary(self.tok, len(head(self.model).weight))
+        return read_vocabulary(self.tok, len(self.head.weight))
 
     @torch.no_grad()
     def tokens(self, texts, k=10):
         """list of str -> for each the k tokens it lights up, [(token, probability)]; variants are one."""
-        H, words = head(self.model), self.words
+        words = self.words
         fold = torch.from_numpy(np.where(words.canon >= 0, words.canon, np.arange(len(words.canon))))
-        h = torch.from_numpy(self.pooled(self.ids(texts))).to(H.weight)
-        p = F.softmax(H(h).float().cpu(), -1)                                                        # (N,V)
+        p = F.softmax(self.logits(self.pooled(self.ids(texts))), -1)                                 # (N,V)
         p, i = torch.zeros_like(p).index_add_(1, fold, p).topk(k, 1)
         name = lambda v: words.text[v] or repr(self.tok.decode([v]))       # a space would show as nothing
         return [[(name(v), w) for v, w in zip(*row)] for row in zip(i.tolist(), p.tolist())]
@@ -503,15 +511,18 @@ RATE = {"data": 4e-3, "model": 4e-3, "both": 4e-3, "simcse": 3e-4, "mntp": 3e-4}
 # (ids, mask) in `batch`, so that the graph of one is gone before the next; baselines.py has the others.
 
 
-def predict_targets(read, batch, H, impl, indices, probs, token_loss, words):
-    """Text2Token: L = mean_b KL(q_b || softmax(head(h_b))), and the same loss at single tokens.
+def predict_targets(read, batch, H, impl, indices, probs, scale, token_loss, words):
+    """Text2Token: L = mean_b KL(q_b || softmax(head(s h_b))), and the same loss at single tokens.
+
+    OURS: states have one length (a norm is their last step), so the mean of n different ones is about
+    sqrt(n) shorter: too short for a peaked softmax, unless all states say the same. s gives the length back.
 
     read(ids (b,T), mask (b,T)) -> x (b,T,C), h (b,C); indices and probs (B,K): of the whole batch."""
     B, valid, first = len(indices), (indices >= 0).any(1).sum().clamp_min(1), 0
     for ids, mask in batch:
         rows = slice(first, first := first + len(ids))
         x, h = read(ids, mask)
-        L = linear_vocab_kl(h, H.weight, indices[rows], probs[rows], H.bias, "sum", impl, False,
+        L = linear_vocab_kl(scale * h, H.weight, indices[rows], probs[rows], H.bias, "sum", impl, False,
                             H.scale, H.softcap) / valid
         single = single_tokens(x, ids, mask, words, H, impl) * token_loss / B if token_loss else 0
         yield L.detach(), L + single
@@ -582,9 +593,12 @@ def train(config, targets=None, on_step=None):
         raise Error(f"--init: expected a checkpoint made from {config.backbone}, got another vocabulary")
     if config.method == "none":
         return finish(config, Embedder(model, tok, config.pooling, config.max_length), before, t0)
+    if config.pooling == "first-last" or config.pooling == "auto" and q:
+        first_last(model)
     model = make_trainable(model, rank)
     core = model.get_base_model() if rank else model                   # without the wrapper of the adapters
     embedder, H = Embedder(core, tok, config.pooling, config.max_length, top_k=config.top_k), head(core)
+    embedder.scale = config.scale if q and config.pooling != "last" else 1.0
     tables = [torch.from_numpy(a).to(device) for a in (words.canon, words.glued, words.open)]        # (V,)
     lengths = np.diff(tokens.start)
 
@@ -611,7 +625,7 @@ def train(config, targets=None, on_step=None):
     if config.method == "mntp":
         blank = tok("_", add_special_tokens=False)["input_ids"][-1]                        # LLM2Vec's choice
         nll = functools.partial(token_nll, H=H, impl=impl)
-    print(f"{sum(p.numel() for p in params):,} weights learn ({'LoRA' if rank else 'all but the head'}), "
+    print(f"{sum(p.numel() for p in params):,} weights learn ({'LoRA' if rank else 'between embedding and head'}), "
           f"rate {peak:g}, {config.attention}; {len(lengths):,} texts, {config.steps} steps of {B}; "
           f"{'bfloat16' if bf16 else 'float32'} on {device}; loss by {which}", flush=True)
 
@@ -630,7 +644,8 @@ def train(config, targets=None, on_step=None):
                 parts = mntp(read, batch, nll, dropout, blank, torch.from_numpy(special).to(device))
             else:
                 indices, probs = (torch.from_numpy(a[texts]).to(device) for a in q[:2])              # (B,K)
-                parts = predict_targets(read, batch, H, impl, indices, probs, config.token_loss, tables)
+                parts = predict_targets(read, batch, H, impl, indices, probs, embedder.scale,
+                                        config.token_loss, tables)
             while part := in_precision(next)(parts, None):             # forward under autocast, backward not
                 part[1].backward()
                 loss += part[0].item()
@@ -689,7 +704,7 @@ def finish(config, embedder, before, t0, loss=None, **facts):
     given = [f"{flag(k)} {v}" for k, v in used.items()
              if v != Config.__dataclass_fields__[k].default and k != "resume"]
     facts = {"command": " ".join(["python t2t.py", *given]), "loss": loss, **facts, "config": used,
-             "floor": embedder.floor, "seconds": round(time.time() - t0, 1),
+             "scale": embedder.scale, "floor": embedder.floor, "seconds": round(time.time() - t0, 1),
              "threads": torch.get_num_threads(),
              "versions": {p: version(p) for p in ("torch", "transformers", "peft", "tokenizers", "numpy")}}
     disk.save(Path(config.out), embedder, config, facts)

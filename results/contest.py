@@ -49,9 +49,10 @@ CELLS = {                                              # name -> for each stage 
     "data, model": [TARGET, MODEL],
     "data, causal": [TARGET | dict(attention="causal")],
     "data, last": [TARGET | dict(pooling="last")],
-    "data, causal, last": [TARGET | dict(attention="causal", pooling="last")],
-    "simcse, causal": [CONTRAST | dict(attention="causal")],
+    "data, mean": [TARGET | dict(pooling="mean")],
+    "simcse, first-last": [CONTRAST | dict(pooling="first-last")],
     # one change at a time
+    "data, no scale": [TARGET | dict(scale=1.0)],
     "data, no dropout": [TARGET | dict(dropout=0.0)],
     "data, no single tokens": [TARGET | dict(token_loss=0.0)],
 }
@@ -62,8 +63,9 @@ TRIALS = {                                             # of the first stage; the
     "model": [dict(lr=1e-3), dict(lr=2e-3), dict(lr=4e-3)],
 }
 CLAIMS = [("data", x) for x in (
-    "simcse", "mntp, simcse", "mean", "SIF", "tf-idf", "model", "both", "data, model", "data, causal",
-    "data, last", "data, no dropout", "data, no single tokens")]
+    "simcse", "mntp, simcse", "simcse, first-last", "mean", "first-last", "SIF", "tf-idf", "model", "both",
+    "data, model", "data, causal", "data, last", "data, mean", "data, no scale", "data, no dropout",
+    "data, no single tokens")]
 
 
 # ------------------------------------------------------------------------------------------------- one cell

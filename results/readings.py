@@ -3,6 +3,7 @@
     python results/readings.py --data-dir DIR [--backbone tiny] [--corpus docstrings] [--tasks NAME ...]
 
     mean, last         states of the causal model, averaged or the last one
+    first-last         mean, of states and embeddings alike (backbone.first_last)
     echo               the text twice, the states of its second copy averaged (arXiv 2402.15449)
     prompt             the last state of: This text: "..." means in one word: "
     mean - PC          mean, without the first principal component of mean over 2,048 texts of the corpus
@@ -32,7 +33,7 @@ import eval as evaluation  # noqa: E402
 import t2t  # noqa: E402
 
 
-NAMES = ["mean", "last", "prompt", "echo", "mean - PC", "head rows", "SIF", "tf-idf"]
+NAMES = ["mean", "last", "first-last", "prompt", "echo", "mean - PC", "head rows", "SIF", "tf-idf"]
 
 
 def readings(backbone, corpus, max_length=128):
@@ -50,7 +51,7 @@ def readings(backbone, corpus, max_length=128):
     bare = lambda text: [i for i in t2t.tokenize(tok, [text], max_length)[0] if i not in special]
 
     @torch.no_grad()
-    def run(ids):
+    def run(ids, model=model):
         """list of n id lists -> mean (n,C) and last (n,C) of their states"""
         mean, last = np.zeros((2, len(ids), H.shape[1]), np.float32)
         order = sorted((n for n in range(len(ids)) if ids[n]), key=lambda n: -len(ids[n]))
@@ -63,6 +64,9 @@ def readings(backbone, corpus, max_length=128):
     @functools.lru_cache(8)                            # mean, last and mean - PC read the same states
     def plain(texts):
         return run(t2t.tokenize(tok, list(texts), max_length))
+
+    both_layers, _ = t2t.load_backbone(backbone, "causal")
+    t2t.first_last(both_layers)
 
     def mean(texts):
         return plain(tuple(texts))[0]
@@ -104,8 +108,10 @@ def readings(backbone, corpus, max_length=128):
         return out * idf
 
     last = lambda texts: plain(tuple(texts))[1]
+    first_last = lambda texts: run(t2t.tokenize(tok, texts, max_length), both_layers)[0]
     head_rows, sif = rows(np.ones(V)), without_pc(rows(1e-3 / (1e-3 + frequency)))
-    return dict(zip(NAMES, [mean, last, prompt, echo, without_pc(mean), head_rows, sif, tf_idf])), some
+    found = [mean, last, first_last, prompt, echo, without_pc(mean), head_rows, sif, tf_idf]
+    return dict(zip(NAMES, found)), some
 
 
 class Reading(AbsEncoder):

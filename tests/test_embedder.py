@@ -9,9 +9,9 @@ from conftest import FAMILIES, family, sentences
 from torch.testing import assert_close
 
 import t2t
-from corpus import Error
 from backbone import prove_attention
-from t2t import Embedder, head, load_backbone, pad, pool, states
+from corpus import Error
+from t2t import Embedder, first_last, head, load_backbone, pad, pool, states
 
 IDS = torch.tensor([[1, 17, 30, 44, 9, 12], [1, 23, 8, 0, 0, 0]])
 MASK = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0]])
@@ -68,6 +68,25 @@ def test_padding_never_moves_a_vector(name, how, tmp_path, tok):
         left = pool(states(model, IDS.roll(3, 1), MASK.roll(3, 1)), MASK.roll(3, 1), how)[1:]
     assert_close(right, alone, rtol=1e-5, atol=1e-6)
     assert_close(left, alone, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_first_and_last_layer(name):
+    """Half embedding, half last state, alike in length; and hidden_states[-1], which sentence-transformers
+    reads, is what the head reads."""
+    model = family(name).eval()
+    with torch.no_grad():
+        out = model.base_model(input_ids=IDS, attention_mask=MASK, output_hidden_states=True)
+        first, last = out.hidden_states[0], out.last_hidden_state
+        assert_close(out.hidden_states[-1], last, rtol=0, atol=0)
+        assert_close(states(model, IDS, MASK), last, rtol=0, atol=0)
+        first_last(model)
+        x, c = states(model, IDS, MASK), model.config.first
+    assert_close(x, (last + c * first) / 2, rtol=1e-5, atol=1e-6)
+    ratio = (c * first).norm(dim=-1).mean() / last.norm(dim=-1).mean()
+    assert 0.5 < ratio < 2                                             # of other tokens than those measured
+    first_last(model)                                                  # twice: no change
+    assert model.config.first == c
 
 
 def test_pool_by_hand():

@@ -54,14 +54,14 @@ def test_learning_rate_by_hand():
 
 
 # --------------------------------------------------------------------------------------------------- learning
-def test_it_learns_and_the_head_is_frozen(backbone, texts_file, tmp_path):
+def test_it_learns_and_the_vocabulary_is_frozen(backbone, texts_file, tmp_path):
     out = train(config(backbone, texts_file, tmp_path / "a", steps=600, lr=2e-2, token_loss=0.0, dropout=0.0))
     facts = json.loads((Path(out) / "t2t.json").read_text())
     assert np.mean([r["loss"] for r in log(out)[-30:]]) < facts["constant"] - 0.3   # better than any constant
     before, after = weights(backbone), weights(out)
-    assert_close(after["lm_head.weight"], before["model.embed_tokens.weight"], rtol=0, atol=0)
-    for name in ("model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight"):
-        assert not torch.equal(after[name], before[name])
+    assert set(before) == set(after)                             # the head is still tied
+    for name in before:
+        assert torch.equal(after[name], before[name]) == (name == "model.embed_tokens.weight"), name
     e, words = Embedder.load(out), "dog wolf".split()
     for animal in words:                                         # and what it lights up is what the text says
         lit = [t for t, _ in e.tokens([f"The {animal} sees the {animal} in the garden."], 5)[0]]
