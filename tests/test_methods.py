@@ -126,13 +126,23 @@ def test_whiten():
 
 
 def test_whitening_is_in_the_folder(backbone, texts_file, tmp_path):
-    plain = Embedder.load(train(config(backbone, texts_file, tmp_path / "a", whitening=0.0)))
-    white = Embedder.load(train(config(backbone, texts_file, tmp_path / "b")))
+    plain = Embedder.load(train(config(backbone, texts_file, tmp_path / "a", whitening=0.0, pooling="mean")))
+    white = Embedder.load(train(config(backbone, texts_file, tmp_path / "b", pooling="mean")))
     assert plain.W is None and not (tmp_path / "a" / "2_Dense").exists()
     texts = ["The dog eats.", "A horse hears the wolf in the garden."]
     np.testing.assert_allclose(white.encode(texts), plain.encode(texts) @ white.W, rtol=1e-4, atol=1e-5)
     tokens = [[t for t, _ in row] for row in plain.tokens(texts)]
     assert tokens == [[t for t, _ in row] for row in white.tokens(texts)]   # the head reads h, not h W
+
+
+def test_folder_of_two_layers_without_whitening(backbone, texts_file, tmp_path):
+    """The mean over layers of sentence-transformers is (1 + first) / 2 times shorter: Dense makes up for it."""
+    from sentence_transformers import SentenceTransformer
+    out = train(config(backbone, texts_file, tmp_path / "a", whitening=0.0))
+    e, texts = Embedder.load(out), ["The dog eats.", "A horse hears the wolf in the garden."]
+    np.testing.assert_allclose(e.W, np.eye(32), atol=1e-6)
+    np.testing.assert_allclose(SentenceTransformer(out, device="cpu").encode(texts), e.encode(texts),
+                               rtol=1e-4, atol=1e-5)
 
 
 # ------------------------------------------------------------------------------- the loop, for all methods
