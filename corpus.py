@@ -8,6 +8,7 @@
 
 A stream, never a list: a corpus may be larger than memory. `Counts` says what became of every text read.
 """
+import functools
 import gzip
 import hashlib
 import importlib.util
@@ -314,6 +315,29 @@ def keep_targets(name, tokens, seen, K, make, n_block):
     folder = cached("targets", name, write)
     return *(np.load(folder / f"{x}.npy", mmap_mode="r") for x in ("indices", "probs")), float(
         np.load(folder / "constant.npy"))
+
+
+@functools.lru_cache(2)
+def order_of_texts(seed, epoch, N):
+    import numpy as np
+    return np.random.default_rng((seed, epoch)).permutation(N)
+
+
+RUN = 16                                                           # batches that share texts of like length
+
+
+def batch_of(step, seed, lengths, B, pooled=RUN):
+    """-> (B,) the texts of a step: a function of (seed, step) alone, so a resumed run keeps the order.
+
+    An epoch is a permutation; within each run of 16 batches texts of like length go together, to pad less."""
+    import numpy as np
+    per = len(lengths) // B                                            # batches an epoch; the odd texts wait
+    epoch, i = divmod(step, per)
+    first = i // pooled * pooled
+    n = min(pooled, per - first)                                       # batches in this run
+    texts = order_of_texts(seed, epoch, len(lengths))[first * B:(first + n) * B]
+    texts = texts[np.argsort(lengths[texts], kind="stable")].reshape(n, B)
+    return texts[np.random.default_rng((seed, epoch, first)).permutation(n)[i - first]]
 
 
 def blocks(items, n):

@@ -134,7 +134,8 @@ import ops  # noqa: E402
 from backbone import cap, first_last, head, load_backbone, make_trainable, resolve, states  # noqa: E402
 from baselines import entropy, mntp, simcse  # noqa: E402
 from build_ext import choose, compiled  # noqa: E402
-from corpus import STOP, blocks, code, keep_targets, key, read_tokens, stamps, tokenize  # noqa: E402
+from corpus import (RUN, STOP, batch_of, blocks, code, keep_targets, key, order_of_texts,  # noqa: E402
+                    read_tokens, stamps, tokenize)
 from ops import check_targets, merge  # noqa: E402
 
 
@@ -475,26 +476,7 @@ def reduce(loss, valid, reduction):
 
 
 # ------------------------------------------------------------------------------------------------ 5. training
-@functools.lru_cache(2)
-def order_of_texts(seed, epoch, N):
-    return np.random.default_rng((seed, epoch)).permutation(N)
-
-
-RUN = 16                                                           # batches that share texts of like length
-
-
-def batch_of(step, seed, lengths, B, pooled=RUN):
-    """-> (B,) the texts of a step: a function of (seed, step) alone, so a resumed run keeps the order.
-
-    An epoch is a permutation; within each run of 16 batches texts of like length go together, to pad less."""
-    per = len(lengths) // B                                            # batches an epoch; the odd texts wait
-    epoch, i = divmod(step, per)
-    first = i // pooled * pooled
-    n = min(pooled, per - first)                                       # batches in this run
-    texts = order_of_texts(seed, epoch, len(lengths))[first * B:(first + n) * B]
-    texts = texts[np.argsort(lengths[texts], kind="stable")].reshape(n, B)
-    return texts[np.random.default_rng((seed, epoch, first)).permutation(n)[i - first]]
-
+# corpus.batch_of says which texts a step reads: each once an epoch, those of like length together.
 
 def learning_rate(step, steps, peak):
     """OURS: linear warm-up over a tenth of the steps, then a cosine down to a tenth of the peak."""
@@ -505,7 +487,7 @@ def learning_rate(step, steps, peak):
 
 # OURS. DROPOUT: share of input tokens left out (data, model, both), of attention (simcse), masked (mntp).
 DROPOUT = {"data": 0.2, "model": 0.2, "both": 0.2, "simcse": 0.3, "mntp": 0.2}
-RATE = {"data": 4e-3, "model": 4e-3, "both": 4e-3, "simcse": 3e-4, "mntp": 3e-4}      # if all weights learn
+RATE = {"data": 4e-3, "model": 4e-3, "both": 4e-3, "simcse": 3e-5, "mntp": 3e-4}      # if all weights learn
 
 # What a step minimises is a generator of (loss to show, loss to descend), a pair for each micro-batch
 # (ids, mask) in `batch`, so that the graph of one is gone before the next; baselines.py has the others.
