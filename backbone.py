@@ -16,7 +16,7 @@ def resolve(name):
 def load_backbone(name, attention, dtype=torch.float32, option="--backbone"):
     """folder or hub id -> (causal language model, tokenizer), proved to have the attention asked for."""
     model, tok = read_model(resolve(name), attention == "causal", dtype, option)
-    prove_attention(model.eval(), attention)
+    prove_attention(model.eval(), attention, option)
     return model, tok
 
 
@@ -51,7 +51,7 @@ def read_model(name, causal, dtype, option):
 
 
 @torch.no_grad()
-def prove_attention(model, attention):
+def prove_attention(model, attention, option="--backbone"):
     """Change the last token: does the first state move? Asked of one text alone, and of one with padding.
 
     Some architectures take the switch `is_causal = False` and stay causal: poor embeddings, silently."""
@@ -61,7 +61,7 @@ def prove_attention(model, attention):
         first = [states(model, F.pad(x, (0, extra)), mask)[0, 0].float() for x in (a, b)]
         sees = not torch.allclose(*first, rtol=1e-4, atol=1e-6)
         if sees and attention == "causal":
-            raise Error(f"--backbone: expected a decoder, but in {model.config.model_type} the first token "
+            raise Error(f"{option}: expected a decoder, but in {model.config.model_type} the first token "
                         "sees the last one: an encoder, which has no next-token head to train with")
         if not sees and attention == "bidirectional":
             raise Error(f"--attention bidirectional: expected a model that can; {model.config.model_type} "
@@ -69,8 +69,8 @@ def prove_attention(model, attention):
 
 
 def states(model, ids, mask):
-    """ids (B,T), mask (B,T) -> (B,T,C): what the model hands to its head; after first_last, half of it is
-    what the token was before it met its text."""
+    """ids (B,T), mask (B,T) -> (B,T,C): what the model hands to its head; after first_last, half that and
+    half the embedding."""
     first = getattr(model.config, "first", 0.0)
     out = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False,
                            output_hidden_states=first > 0)
@@ -79,16 +79,19 @@ def states(model, ids, mask):
 
 
 @torch.no_grad()
-def first_last(model):
-    """From now on states(model, ...) are (last + first * embedding) / 2, both halves of one mean length."""
-    if getattr(model.config, "first", 0.0):                            # a checkpoint with its own
+def first_last(model, wanted=True):
+    """From now on states(model, ...) are (last + first * embedding) / 2, both halves of one mean length; or,
+    if not wanted, the last alone. Kept in config.json, so that a checkpoint knows."""
+    if wanted == (getattr(model.config, "first", 0.0) > 0):            # a checkpoint with its own
+        return
+    model.config.first, model.config.output_hidden_states = 0.0, wanted       # sentence-transformers reads it
+    if not wanted:
         return
     V = len(model.get_input_embeddings().weight)
     ids = torch.arange(0, V, max(1, V // 64), device=model.device)[None, :64]
     out = model.base_model(input_ids=ids, use_cache=False, output_hidden_states=True)
     length = lambda x: x.float().norm(dim=-1).mean().item()
     model.config.first = length(out.last_hidden_state) / length(out.hidden_states[0])
-    model.config.output_hidden_states = True                           # for sentence-transformers
 
 
 class Head(NamedTuple):
@@ -119,7 +122,7 @@ def make_trainable(model, rank):
     """What learns: all weights between embedding and head (rank 0), or LoRA on every linear map there.
 
     OURS: the vocabulary stays as pretrained. Words that the texts do not have keep their place among those
-    that they have; a trained embedding cost 1.4 points of STS and 4.1 of Banking77 (validation, 7,680 texts)."""
+    that they have; a trained embedding cost 1.4 points of STS, 4.1 of Banking77 (validation, 7,680 texts)."""
     if rank:
         import peft
         lora = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")

@@ -9,7 +9,7 @@ into one vector h and send *that* through the head: an untrained model lights up
 tokens that the text is about. Text2Token makes the second out of the first:
 
     h = pool(f(x))                          f: the backbone without its head
-    z = head(s h)                           the backbone's own head, frozen; s: a mean of states is short
+    z = head(s h)                           the backbone's own head, frozen, and s = 4: see predict_targets
     L = mean_b KL(q_b || softmax(z_b))      q_b: the few tokens, weighted, that text b should light up
 
     B texts   T tokens   C hidden width   V vocabulary   K sparse targets a text   (N: all rows, or all texts)
@@ -59,8 +59,8 @@ class Config:
     lr: float = setting(0.0, "peak learning rate (0: as in RATE; 2e-4 for adapters)")
     whitening: float = setting(1.0, "how flat to make the spectrum of the embeddings: 0 not, 1 wholly")
     token_loss: float = setting(16.0, "weight of the loss at single tokens (0: none)")
-    scale: float = setting(4.0, "s, of a mean of states in front of the head")
-    lora_rank: int = setting(-1, "of LoRA adapters (0: all weights; -1: 0 below 100 M parameters, else 16)")
+    scale: float = setting(4.0, "s, of a mean of states in front of the head (last, simcse, mntp: 1)")
+    lora_rank: int = setting(-1, "of LoRA adapters (0: all weights learn; -1: so below 100 M, else 16)")
     seed: int = setting(42, "of the order of texts and of every random number")
     device: str = setting("auto", "where to train", ["auto", "cpu", "cuda"])
     dtype: str = setting("auto", "of arithmetic (auto: bfloat16 on a GPU)", ["auto", "float32", "bfloat16"])
@@ -305,12 +305,15 @@ def model_targets(config, tokens, words, model, tok, K, sample=2048):
 
 
 # ------------------------------------------------------------------------------------------------ 3. embedder
-# backbone.py reads a model from disk, proves that it looks where it should, and finds its head:
-# states(model, ids, mask) is what the model hands to its head, x (B,T,C); head(model)(x) are logits (B,T,V).
+# backbone.py reads a model from disk, proves that it looks where it should, and finds its head: x (B,T,C) =
+# states(model, ids, mask) is what the model hands to its head, head(model)(x) are its logits (B,T,V).
+#
+# OURS: for token targets x becomes, by backbone.first_last, half that and half the token's embedding e:
+# x = (last + c e) / 2, c for halves of one length. What a token is, and what the text makes of it. Where head
+# and embedding are one table, c e already speaks to the head; where they are two, that is off by default.
 
 def pool(x, mask, how):
-    """x (B,T,C), mask (B,T) -> (B,C), whichever side the padding is on. OURS: for token targets, states are
-    the mean of first and last layer (backbone.first_last): what a token is, and what the text makes of it."""
+    """x (B,T,C), mask (B,T) -> (B,C), whichever side the padding is on."""
     if how != "last":
         m = mask[:, :, None].to(x.dtype)
         return (x * m).sum(1) / m.sum(1).clamp_min(1)
@@ -476,7 +479,8 @@ def reduce(loss, valid, reduction):
 
 
 # ------------------------------------------------------------------------------------------------ 5. training
-# corpus.batch_of says which texts a step reads: each once an epoch, those of like length together.
+# corpus.batch_of says which texts a step reads: each once an epoch, those of like length together, except
+# for simcse, which would tell texts apart by their length.
 
 def learning_rate(step, steps, peak):
     """OURS: linear warm-up over a tenth of the steps, then a cosine down to a tenth of the peak."""
@@ -487,17 +491,17 @@ def learning_rate(step, steps, peak):
 
 # OURS. DROPOUT: share of input tokens left out (data, model, both), of attention (simcse), masked (mntp).
 DROPOUT = {"data": 0.2, "model": 0.2, "both": 0.2, "simcse": 0.3, "mntp": 0.2}
-RATE = {"data": 4e-3, "model": 4e-3, "both": 4e-3, "simcse": 3e-5, "mntp": 3e-4}      # if all weights learn
+RATE = {"data": 4e-3, "model": 4e-3, "both": 4e-3, "simcse": 3e-5, "mntp": 3e-4}      # without adapters
 
 # What a step minimises is a generator of (loss to show, loss to descend), a pair for each micro-batch
 # (ids, mask) in `batch`, so that the graph of one is gone before the next; baselines.py has the others.
 
 
 def predict_targets(read, batch, H, impl, indices, probs, scale, token_loss, words):
-    """Text2Token: L = mean_b KL(q_b || softmax(head(s h_b))), and the same loss at single tokens.
+    """Text2Token: L = mean_b KL(q_b || softmax(head(s h_b))), and a loss at single tokens.
 
-    OURS: states have one length (a norm is their last step), so the mean of n different ones is about
-    sqrt(n) shorter: too short for a peaked softmax, unless all states say the same. s gives the length back.
+    OURS: states are of about one length (a norm is the last step of a model), so the mean of n different ones
+    is about sqrt(n) shorter: too short for a peaked softmax, unless all say the same. s gives length back.
 
     read(ids (b,T), mask (b,T)) -> x (b,T,C), h (b,C); indices and probs (B,K): of the whole batch."""
     B, valid, first = len(indices), (indices >= 0).any(1).sum().clamp_min(1), 0
@@ -517,7 +521,7 @@ def single_tokens(x, ids, mask, words, H, impl, a_text=8):
     embeddings know the topic and lose the words. x (B,T,C), ids and mask (B,T), words: canon, glued and open
     of Words as tensors (V,) -> (), a sum over texts."""
     canon, glued, opened = words
-    inside = F.pad(glued[ids[:, 1:]] & opened[ids[:, :-1]], (1, 0))    # (B,T) as in find_words
+    inside = F.pad(glued[ids[:, 1:]] & opened[ids[:, :-1]], (1, 0))    # (B,T) find_words, of what is left
     word = (canon[ids] >= 0) & (mask > 0) & ~inside
     every = ((word.sum(1, keepdim=True) + a_text - 1) // a_text).clamp(min=1)  # (B,1) take each n-th word
     b, t = (word & ((word.cumsum(1) - 1) % every == 0)).nonzero(as_tuple=True)
@@ -531,10 +535,13 @@ def token_nll(x, v, H, impl):
 
 
 def leave_out(ids, share, special):
-    """(T,) ids -> (1 - share) T of them, in order, with all that are in `special`. OURS: the target is that
-    of the whole text, so that words must be inferred from others: a step towards tokens *beyond* it."""
-    order = torch.rand(len(ids)).numpy() + np.isin(ids, special)       # specials last: they stay
-    return ids[np.sort(np.argsort(order)[round(share * len(ids)):])] if share else ids
+    """(T,) ids -> (1 - share) T of them, in order, with all that are in `special` and at least one that is
+    not. OURS: the target is that of the whole text, so that words must be inferred from others: a step
+    towards tokens *beyond* it."""
+    stays = np.isin(ids, special)
+    order = np.argsort(torch.rand(len(ids)).numpy() + stays)           # specials last
+    out = min(round(share * len(ids)), len(ids) - stays.sum() - 1)
+    return ids[np.sort(order[max(0, out):])] if share else ids
 
 
 def train(config, targets=None, on_step=None):
@@ -567,16 +574,17 @@ def train(config, targets=None, on_step=None):
     # ---- the embedder
     small = sum(p.numel() for p in model.parameters()) < 1e8
     rank = config.lora_rank if config.lora_rank >= 0 else 0 if small else 16
-    del model
+    model = given = None                                               # the causal one goes, another comes
     frozen = torch.bfloat16 if rank and bf16 else torch.float32        # what does not learn needs no more
     option = "--init" if config.init else "--backbone"                 # again, with the attention to train
     model = load_backbone(config.init or config.backbone, config.attention, frozen, option)[0].to(device)
     if len(head(model).weight) != V:
         raise Error(f"--init: expected a checkpoint made from {config.backbone}, got another vocabulary")
+    targeted = config.method in ("data", "model", "both")
+    tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    first_last(model, config.pooling == "first-last" or config.pooling == "auto" and targeted and tied)
     if config.method == "none":
         return finish(config, Embedder(model, tok, config.pooling, config.max_length), before, t0)
-    if config.pooling == "first-last" or config.pooling == "auto" and q:
-        first_last(model)
     model = make_trainable(model, rank)
     core = model.get_base_model() if rank else model                   # without the wrapper of the adapters
     embedder, H = Embedder(core, tok, config.pooling, config.max_length, top_k=config.top_k), head(core)
@@ -607,9 +615,10 @@ def train(config, targets=None, on_step=None):
     if config.method == "mntp":
         blank = tok("_", add_special_tokens=False)["input_ids"][-1]                        # LLM2Vec's choice
         nll = functools.partial(token_nll, H=H, impl=impl)
-    print(f"{sum(p.numel() for p in params):,} weights learn ({'LoRA' if rank else 'between embedding and head'}), "
-          f"rate {peak:g}, {config.attention}; {len(lengths):,} texts, {config.steps} steps of {B}; "
-          f"{'bfloat16' if bf16 else 'float32'} on {device}; loss by {which}", flush=True)
+    kind = "LoRA" if rank else "between embedding and head"
+    print(f"{sum(p.numel() for p in params):,} weights learn ({kind}), rate {peak:g}, {config.attention}; "
+          f"{len(lengths):,} texts, {config.steps} steps of {B}; {'bfloat16' if bf16 else 'float32'} on "
+          f"{device}; loss by {which}", flush=True)
 
     log = open(out / "log.jsonl", "a" if config.resume else "w")
     bar = tqdm(total=config.steps * B, initial=at["step"] * B, unit=" texts", desc="train")

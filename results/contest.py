@@ -5,11 +5,12 @@
     python results/contest.py --data-dir DIR --tune                  # the trials on validation splits
     python results/contest.py --data-dir DIR --curves                # what happens during training
 
-A trained cell is one call of t2t.train a stage; stages follow one another through --init and share the texts
-of the run evenly. An untrained cell is a reading of results/readings.py. Every vector is scored twice: as it
-is, and whitened (t2t.whiten, from 2,048 texts of the corpus) -- so no method wins by what could be done to
-all of them. Test splits are scored with the settings that --tune found; it looks at STSBenchmark validation
-and Banking77 train only. Cells are kept in --runs, tables in results/contest-CORPUS.json and .md.
+A trained cell is one call of t2t.train a stage; stages follow one another through --init, each with an even
+share of the number of texts (the later one reads those of the first again). An untrained cell is a reading of
+results/readings.py. Every vector is scored twice: as it is, and whitened (t2t.whiten, from 2,048 texts of the
+corpus) -- so no method wins by what could be done to all of them. Test splits are scored with the settings
+that --tune found; it looks at STSBenchmark validation and Banking77 train only. Cells are kept in --runs,
+tables in results/contest-CORPUS.json and .md.
 """
 import argparse
 import gzip
@@ -57,7 +58,8 @@ CELLS = {                                              # name -> for each stage 
     "data, no single tokens": [TARGET | dict(token_loss=0.0)],
 }
 TRIALS = {                                             # of the first stage; the best of each stands above
-    "simcse": [dict(lr=3e-5), dict(lr=1e-4), dict(lr=3e-4), dict(lr=1e-3), dict(lr=3e-5, temperature=2.0)],
+    "simcse": [dict(lr=lr, temperature=t) for lr, t in (
+        (3e-5, 1.0), (1e-4, 1.0), (3e-4, 1.0), (1e-3, 1.0), (3e-5, 2.0))],
     "mntp, simcse": [dict(lr=3e-4), dict(lr=1e-3)],    # besides those of simcse, which follows it
     "data": [dict(lr=1e-3), dict(lr=2e-3), dict(lr=4e-3)],
     "model": [dict(lr=1e-3), dict(lr=2e-3), dict(lr=4e-3)],
@@ -78,12 +80,16 @@ def train(name, stages, seed, a, watch=None):
     before = ""
     for n, settings in enumerate(stages, 1):
         folder = place(name, seed, a) if n == len(stages) else place(f"{name} stage {n}", seed, a)
+        config = t2t.Config(backbone=a.backbone, corpus=a.corpus, max_length=a.max_length, init=before,
+                            out=str(folder), seed=seed, resume=(folder / "state" / "last.pt").exists(),
+                            steps=a.texts // len(stages) // settings["batch_size"], save_every=100,
+                            **settings)
         if not (folder / "t2t.json").exists():
-            steps = a.texts // len(stages) // settings["batch_size"]
-            resume = (folder / "state" / "last.pt").exists()
-            t2t.train(t2t.Config(backbone=a.backbone, corpus=a.corpus, max_length=a.max_length, init=before,
-                                 out=str(folder), seed=seed, resume=resume, steps=steps, save_every=100,
-                                 **settings), None, watch)
+            t2t.train(config, None, watch)
+        made = json.loads((folder / "t2t.json").read_text())["config"]
+        other = {k: v for k, v in made.items() if k != "resume" and v != getattr(config, k)}
+        if other:
+            sys.exit(f"contest.py: error: expected {config} in {folder}, got {other}: pass another --runs")
         before = str(folder)
     return t2t.Embedder.load(folder), folder
 
@@ -94,12 +100,13 @@ def curves(a, points=8):
     found = {}
     for name in ("data", "simcse"):
         model, tok = t2t.load_backbone(a.backbone, t2t.Config.attention)
+        t2t.first_last(model, name == "data")
         before = t2t.Embedder(model, tok, t2t.Config.pooling, a.max_length)
         ids = analyze.sample(t2t.corpus_tokens(a.corpus, tok, a.max_length, before.words), 300)
         B, line = CELLS[name][0]["batch_size"], found.setdefault(name, [])
 
         def watch(step, embedder):
-            if step % (a.texts // B // points) == 0:
+            if step % max(1, a.texts // B // points) == 0:
                 sts = validation(lambda texts: embedder.pooled(embedder.ids(texts)), a.data_dir, bank=False)
                 line.append({"texts": step * B} | analyze.measure(embedder, ids) | sts)
                 print(name, line[-1], flush=True)
@@ -224,7 +231,8 @@ def tune(a):
             with open(file, "a") as f:
                 f.write(json.dumps(row) + "\n")
             print(row, flush=True)
-            shutil.rmtree(folder)
+            for made in Path(a.runs).glob(f"{folder.name[:folder.name.rindex('-')]}*/"):
+                shutil.rmtree(made)
 
 
 # ---------------------------------------------------------------------------------------------------- tables

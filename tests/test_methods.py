@@ -136,7 +136,7 @@ def test_whitening_is_in_the_folder(backbone, texts_file, tmp_path):
 
 
 def test_folder_of_two_layers_without_whitening(backbone, texts_file, tmp_path):
-    """The mean over layers of sentence-transformers is (1 + first) / 2 times shorter: Dense makes up for it."""
+    """The mean over layers of sentence-transformers is (1 + first) / 2 times shorter: Dense mends it."""
     from sentence_transformers import SentenceTransformer
     out = train(config(backbone, texts_file, tmp_path / "a", whitening=0.0))
     e, texts = Embedder.load(out), ["The dog eats.", "A horse hears the wolf in the garden."]
