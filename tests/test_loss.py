@@ -116,7 +116,7 @@ def test_merge_by_hand():
 @pytest.mark.parametrize("chunk", [1, 4, 7, 100])
 @pytest.mark.parametrize("softcap, scale, bias", [(None, 1.0, False), (3.0, 0.5, True)])
 def test_linear_equals_dense_logits(chunk, softcap, scale, bias, impl):
-    from t2t import Head
+    from backbone import Head
     _, i, p = case(7, 50, 9)
     h = torch.randn(7, 12, dtype=torch.float64, requires_grad=True)
     W = torch.randn(50, 12, dtype=torch.float64, requires_grad=True)
