@@ -18,7 +18,6 @@ The file reads in the order in which a text travels: 1 text, 2 targets, 3 embedd
 PAPER: marks what the abstract of arXiv 2510.10224 states. OURS: marks a choice made here; the paper's
 equations, hyper-parameters and code could not be read. corpus.py reads texts, checkpoint.py writes folders.
 """
-import argparse
 import dataclasses
 import functools
 import json
@@ -30,6 +29,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from cli import checked, end, flag, parse
 from corpus import Error
 
 
@@ -71,53 +71,10 @@ class Config:
     show_targets: int = setting(0, "print this many texts with their targets and exit")
 
 
-flag = lambda name: "--" + name.replace("_", "-")
-
-
-def parse(argv):
-    """Command line -> Config. Runs before any heavy import: --help and a wrong flag answer at once."""
-    parser = argparse.ArgumentParser(prog="t2t.py", description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.error = end                                                 # argparse would add its usage
-    for f in dataclasses.fields(Config):
-        doc, choices = f"{f.metadata['doc']} (default: {f.default!r})", f.metadata["choices"]
-        value = {"type": f.type, "default": f.default, "choices": choices}
-        parser.add_argument(flag(f.name), help=doc, **({"action": "store_true"} if f.type is bool else value))
-    return checked(Config(**vars(parser.parse_args(argv))))
-
-
-def checked(config):
-    """config, or Error on a value that no run could use."""
-    least = dict(top_k=1, max_length=1, batch_size=1, steps=1, save_every=1, temperature=1e-6, micro_batch=0,
-                 lr=0, token_loss=0, scale=1e-6, whitening=0, lora_rank=-1, seed=0, show_targets=0)
-    for f in dataclasses.fields(config):
-        value, choices = getattr(config, f.name), f.metadata["choices"]
-        if choices and value not in choices:
-            raise Error(f"{flag(f.name)}: expected one of {', '.join(choices)}, got {value}")
-        if f.name in least and not least[f.name] <= value < math.inf:
-            raise Error(f"{flag(f.name)}: expected {least[f.name]} or more, got {value}")
-    if config.method == "both" and config.top_k < 2:
-        raise Error(f"--top-k: expected 2 or more for both kinds of target, got {config.top_k}")
-    if config.method == "simcse" and config.batch_size < 2:
-        raise Error(f"--batch-size: expected 2 or more, texts to tell apart, got {config.batch_size}")
-    if config.whitening > 1:
-        raise Error(f"--whitening: expected 0 to 1, got {config.whitening}")
-    if not 0 <= config.dropout < 1 and config.dropout != -1:
-        raise Error(f"--dropout: expected a share from 0 to below 1, got {config.dropout}")
-    if config.method in ("none", "simcse", "mntp") and config.show_targets:
-        raise Error(f"--show-targets: expected a method that has targets, got {config.method}")
-    return config
-
-
-def end(message, status=2):
-    """How a user's mistake ends: one line, no traceback."""
-    print(f"t2t.py: {'error: ' if status == 2 else ''}{message}", file=sys.stderr)
-    sys.exit(status)
-
-
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)                       # Ctrl-C amid the imports: no traceback
     try:
-        CONFIG = parse(sys.argv[1:])
+        CONFIG = parse(Config, __doc__, sys.argv[1:])
     except Error as e:
         end(e)
 
