@@ -122,10 +122,9 @@ def aligned(z, embedder, ids):
     return every | {"key": key_alignment(z, embedder.words, ids)}
 
 
-def measure(embedder, ids):
-    """Alignment and quality on texts: `key` and `halves` are the coordinates of the picture, for which
-    results/contest.py calls this during training."""
-    z = embedder.logits(embedder.pooled(ids))
+def measure(z, embedder, ids):
+    """Alignment and quality on N texts with logits z (N,V): `key` and `halves` are the coordinates of the
+    picture, for which results/contest.py calls this during training."""
     return aligned(z, embedder, ids) | {"halves": halves(ids, embedder.pooled)}
 
 
@@ -228,7 +227,7 @@ def analyze(ckpt, texts=(), corpus=None):
     for name, e in zip(before_after, (before, after)):
         h[name] = e.pooled(ids)
         z[name] = e.logits(h[name])
-        facts[name] = aligned(z[name], e, ids) | {"halves": halves(ids, e.pooled)} | spread(h[name])
+        facts[name] = measure(z[name], e, ids) | spread(h[name])
     if after.W is not None:
         whitened = lambda x: after.pooled(x) @ after.W
         facts["whitened"] = {"halves": halves(ids, whitened)} | spread(h["after"] @ after.W)

@@ -71,18 +71,23 @@ def prove_attention(model, attention, option="--backbone"):
 def states(model, ids, mask):
     """ids (B,T), mask (B,T) -> (B,T,C): what the model hands to its head; after first_last, half that and
     half the embedding."""
-    first = getattr(model.config, "first", 0.0)
+    first = weight_of_first(model)
     out = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False,
                            output_hidden_states=first > 0)
     x = out.last_hidden_state
     return (x + first * out.hidden_states[0]) / 2 if first else x
 
 
+def weight_of_first(model):
+    """What first_last has set; 0: states are the last layer alone."""
+    return getattr(model.config, "first", 0.0)
+
+
 @torch.no_grad()
 def first_last(model, wanted=True):
     """From now on states(model, ...) are (last + first * embedding) / 2, both halves of one mean length; or,
     if not wanted, the last alone. Kept in config.json, so that a checkpoint knows."""
-    if wanted == (getattr(model.config, "first", 0.0) > 0):            # a checkpoint with its own
+    if wanted == (weight_of_first(model) > 0):                         # a checkpoint with its own
         return
     model.config.first, model.config.output_hidden_states = 0.0, wanted       # sentence-transformers reads it
     if not wanted:

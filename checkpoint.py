@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from backbone import weight_of_first
 from corpus import Error
 
 
@@ -103,7 +104,7 @@ def save(out, embedder, config, facts):
     embedder.model.float().save_pretrained(new)
     embedder.tok.save_pretrained(new)
     shared = [f for f in new.iterdir() if f.is_file()]            # weights, config and tokenizer
-    (rows, bias), W, first = embedder.word_head(), embedder.W, getattr(embedder.model.config, "first", 0.0)
+    (rows, bias), W, first = embedder.word_head(), embedder.W, weight_of_first(embedder.model)
     C, layers = rows.shape[1], [("WeightedLayerPooling", "0_FirstLast")] if first else []
     W = torch.eye(C) if W is None and first else W
     modules = [("Transformer", ""), *layers, ("Pooling", "1_Pooling"), ("Dense", "2_Dense")]
@@ -177,8 +178,7 @@ def read_dense(folder, model):
     """W (C,C) of a checkpoint that has one, else None."""
     from safetensors.numpy import load_file
     file = folder / "2_Dense" / "model.safetensors"
-    longer = length(getattr(model.config, "first", 0.0))
-    return load_file(file)["linear.weight"].T / longer if file.exists() else None
+    return load_file(file)["linear.weight"].T / length(weight_of_first(model)) if file.exists() else None
 
 
 def write_layers(folder, layers, C, first):

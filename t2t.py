@@ -331,8 +331,8 @@ class Embedder:
 
     @torch.no_grad()
     def pooled(self, ids, batch_size=64):
-        """list of N id lists -> (N,C) float32: what the head reads."""
-        h = np.zeros((len(ids), head(self.model).weight.shape[1]), np.float32)
+        """list of N id lists -> (N,C) float32: h, before W; of which the head reads s h."""
+        h = np.zeros((len(ids), self.head.weight.shape[1]), np.float32)
         order = sorted((n for n in range(len(ids)) if len(ids[n])), key=lambda n: -len(ids[n]))
         for rows in blocks(order, batch_size):                             # of like lengths: less padding
             x, mask = pad([ids[n] for n in rows], self.tok.pad_token_id, self.model.device)
@@ -520,12 +520,13 @@ def train(config, targets=None, on_step=None):
     model, tok = load_backbone(config.backbone, "causal", torch.bfloat16 if bf16 else torch.float32)
     V = len(head(model.to(device)).weight)
     words = read_vocabulary(tok, V)
+    targeted = config.method in ("data", "model", "both")
     if config.method != "none":
         tokens = corpus_tokens(config.corpus, tok, config.max_length, words)
         given = config, tokens, words, model, tok
         if config.show_targets:
             return show_targets(config, tokens, targets_of(*given, custom=targets), words, tok)
-        q = None if config.method in ("simcse", "mntp") else build_targets(*given, custom=targets)
+        q = build_targets(*given, custom=targets) if targeted else None
     before = Embedder(model, tok, config.pooling, config.max_length).tokens(EXAMPLES, 8)
 
     # ---- the embedder
@@ -537,7 +538,6 @@ def train(config, targets=None, on_step=None):
     model = load_backbone(config.init or config.backbone, config.attention, frozen, option)[0].to(device)
     if len(head(model).weight) != V:
         raise Error(f"--init: expected a checkpoint made from {config.backbone}, got another vocabulary")
-    targeted = config.method in ("data", "model", "both")
     tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
     first_last(model, config.pooling == "first-last" or config.pooling == "auto" and targeted and tied)
     if config.method == "none":
@@ -545,7 +545,7 @@ def train(config, targets=None, on_step=None):
     model = make_trainable(model, rank)
     core = model.get_base_model() if rank else model                   # without the wrapper of the adapters
     embedder, H = Embedder(core, tok, config.pooling, config.max_length, top_k=config.top_k), head(core)
-    embedder.scale = config.scale if q and config.pooling != "last" else 1.0
+    embedder.scale = config.scale if targeted and config.pooling != "last" else 1.0
     tables = [torch.from_numpy(a).to(device) for a in (words.canon, words.glued, words.open)]        # (V,)
     lengths = np.diff(tokens.start)
 
@@ -553,7 +553,7 @@ def train(config, targets=None, on_step=None):
     params = [p for p in model.parameters() if p.requires_grad]
     peak = config.lr or (2e-4 if rank else RATE[config.method])
     dropout = DROPOUT[config.method] if config.dropout < 0 else config.dropout
-    contrast, absent = config.method == "simcse", dropout if q else 0.0
+    contrast, absent = config.method == "simcse", dropout if targeted else 0.0
     special = np.array(tok.all_special_ids)
     in_precision = torch.autocast(device, torch.bfloat16, enabled=bf16)
 

@@ -108,7 +108,8 @@ def curves(a, points=8):
         def watch(step, embedder):
             if step % max(1, a.texts // B // points) == 0:
                 sts = validation(lambda texts: embedder.pooled(embedder.ids(texts)), a.data_dir, bank=False)
-                line.append({"texts": step * B} | analyze.measure(embedder, ids) | sts)
+                z = embedder.logits(embedder.pooled(ids))
+                line.append({"texts": step * B} | analyze.measure(z, embedder, ids) | sts)
                 print(name, line[-1], flush=True)
         watch(0, before)
         shutil.rmtree(place(f"{name} watched", a.seeds[0], a), ignore_errors=True)
