@@ -169,9 +169,10 @@ def test_baselines_learn_and_stack(backbone, texts_file, tmp_path):
     first = train(config(backbone, texts_file, tmp_path / "mntp", method="mntp", steps=400, lr=1e-2))
     facts = json.loads(Path(first, "t2t.json").read_text())
     assert facts["loss"] < facts["constant"] - 0.2                    # the entropy of single tokens
-    second = train(config(backbone, texts_file, tmp_path / "both", method="simcse", init=first, lr=1e-3))
+    second = train(config(backbone, texts_file, tmp_path / "both", method="simcse", init=first, steps=100,
+                          lr=1e-3))
     facts = json.loads(Path(second, "t2t.json").read_text())
-    assert facts["constant"] == pytest.approx(math.log(16)) and facts["loss"] < facts["constant"]
+    assert facts["constant"] == pytest.approx(math.log(16)) and facts["loss"] < facts["constant"] - 0.5
     assert "--init" in facts["command"] and not facts["ours"][0].startswith("tf-idf")
 
 
