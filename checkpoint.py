@@ -3,6 +3,7 @@
     OUT/state/last.pt        while training: everything that the next step depends on
     OUT/                     a SentenceTransformer folder; its weights are the whole causal model and head
     OUT/sparse/              a SparseEncoder folder: the same weights (hard links), and the head
+    OUT/usual.safetensors    what ordinary texts light up, for Embedder.sparse
     OUT/t2t.json             every argument, version, hash and loss
 
 Files are written beside their place and renamed: a kill at any moment leaves the old ones or the new, whole.
@@ -17,6 +18,7 @@ import threading
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from backbone import weight_of_first
 from corpus import Error
@@ -118,6 +120,8 @@ def save(out, embedder, config, facts):
     if W is not None:
         W = length(first) * torch.as_tensor(W)
         write_dense(new / "2_Dense", W, None, "torch.nn.modules.linear.Identity")
+    if embedder.usual is not None:
+        save_file({"usual": embedder.usual.float().cpu()}, new / "usual.safetensors")
     sparse_folder(new / "sparse", shared, layers, (length(first) * rows, bias), config)
     for folder in (new, new / "sparse") if first else ():
         write_layers(folder / "0_FirstLast", embedder.model.config.num_hidden_layers, C, first)
@@ -164,7 +168,6 @@ def sparse_folder(folder, shared, layers, word_head, config):
 
 
 def write_dense(folder, weight, bias, activation, **settings):
-    from safetensors.torch import save_file
     folder.mkdir()
     write_json(folder / "config.json", {
         "in_features": weight.shape[1], "out_features": len(weight), "bias": bias is not None,
@@ -176,14 +179,19 @@ def write_dense(folder, weight, bias, activation, **settings):
 
 def read_dense(folder, model):
     """W (C,C) of a checkpoint that has one, else None."""
-    from safetensors.numpy import load_file
     file = folder / "2_Dense" / "model.safetensors"
-    return load_file(file)["linear.weight"].T / length(weight_of_first(model)) if file.exists() else None
+    W = load_file(file)["linear.weight"].numpy() if file.exists() else None
+    return None if W is None else W.T / length(weight_of_first(model))
+
+
+def read_usual(folder):
+    """(2,V) of a checkpoint that has it, else None: see lexical.measure_usual."""
+    file = folder / "usual.safetensors"
+    return load_file(file)["usual"] if file.exists() else None
 
 
 def write_layers(folder, layers, C, first):
     """backbone.states after first_last in sentence-transformers: (last + first * embedding) / (1 + first)"""
-    from safetensors.torch import save_file
     folder.mkdir()
     write_json(folder / "config.json", {"word_embedding_dimension": C, "num_hidden_layers": layers,
                                         "layer_start": 0})
@@ -206,7 +214,7 @@ OURS = {"tf-idf weights": "data both", "first piece of a split word": "data both
         "mean of first and last layer, scaled for the head": "data model both",
         "loss at single tokens": "data model both", "frozen head": "data model both simcse mntp",
         "every hyper-parameter": "data model both simcse mntp", "whitening": "data model both simcse mntp",
-        "sparse vectors: SPLADE's maximum, a floor": "data model both simcse mntp none"}
+        "sparse vectors: SPLADE's maximum, standardised": "data model both simcse mntp none"}
 
 
 def card(config, facts):

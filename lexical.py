@@ -1,4 +1,4 @@
-"""Sparse vectors over words, read through the head, and why two texts are alike: methods of t2t.Embedder.
+"""Sparse vectors over tokens, read through the head, and why two texts are alike: methods of t2t.Embedder.
 
 What CKPT/sparse, a SparseEncoder, gives. Texts without a common word can be alike: a place lights up words
 *beyond* its own.
@@ -9,33 +9,50 @@ import torch.nn.functional as F
 
 
 def word_head(self):
-    """The head as sparse vectors use it: (V,C), (V,). Rows lose their mean, since softmax ignores what is
-    added to every logit of a text and ReLU does not; `floor` comes off; what is no word has zeros."""
+    """The head as sparse vectors use it, (V,C) and (V,): in standard deviations above `usual`, less `floor`.
+
+    Rows lose their mean, since softmax ignores what is added to every logit of a text and ReLU does not.
+    Tokens that people can not read (specials, spaces) have zeros."""
     H = self.head
-    word = torch.from_numpy(self.words.canon == np.arange(len(H.weight))).to(H.weight.device)
-    bias = H.weight.new_zeros(len(word)) if H.bias is None else H.bias - H.bias.mean()
-    return (torch.where(word[:, None], H.weight - H.weight.mean(0), 0) * H.scale,
-            torch.where(word, bias * H.scale - self.floor, 0))
+    bias = H.weight.new_zeros(len(H.weight)) if H.bias is None else H.bias - H.bias.mean()
+    mean, deviation = (0, bias.new_ones(len(bias))) if self.usual is None else self.usual.to(bias)
+    read = torch.tensor([bool(t) for t in self.words.text], device=bias.device)
+    rows = (H.weight - H.weight.mean(0)) * (H.scale / deviation)[:, None]
+    return torch.where(read[:, None], rows, 0), torch.where(
+        read, (bias * H.scale - mean) / deviation - self.floor, 0)
 
 
 @torch.no_grad()
 def strongest(self, ids):
-    """list of N id lists -> (N,V): max_t z_t(v), where a text lights up each word the most."""
-    (W, bias), out = self.word_head(), torch.zeros(len(ids), len(self.words.canon))
+    """list of N id lists -> (N,V): max_t of word_head at each place t, where a text lights up each token."""
+    (W, bias), out = self.word_head(), torch.zeros(len(ids), len(self.words.text))
     for n, row in enumerate(ids):
         if len(row):
             out[n] = F.linear(self.places(row), W, bias).amax(0)       # (T,V) -> (V,)
     return out
 
 
+def measure_usual(self, ids):
+    """What ordinary texts, a list of N id lists, light up: `usual` (2,V), of each token's largest logit the
+    mean and the standard deviation, to which half the mean deviation is added (a token that never moves says
+    nothing when it moves a little); and `floor`, which an eighth of top_k tokens of such a text exceed."""
+    self.usual, self.floor = None, 0.0
+    z = self.strongest(ids)                                                                          # (N,V)
+    deviation = z.std(0, correction=0)
+    self.usual = torch.stack([z.mean(0), (deviation + deviation.mean() / 2).clamp_min(1e-6)])
+    z = (z - self.usual[0]) / self.usual[1]
+    self.floor = z.topk(max(1, min(self.top_k, z.shape[1]) // 8), 1).values[:, -1].mean().item()
+
+
 def sparse(self, texts, k=None):
-    """list of N str -> (N,V): the k (top_k) words that any place of a text lights up the most, the others 0:
+    """list of N str -> (N,V): the k (top_k) tokens that a text lights up unusually, the others 0:
 
-        s(v) = log(1 + max(0, max_t z_t(v) - floor)),      z_t = head(x_t) - mean_v head(x_t)
+        s(v) = log(1 + max(0, (max_t z_t(v) - mean(v)) / deviation(v) - floor)),    z_t = head(x_t)
 
-    The vectors of SparseEncoder(folder/sparse). `floor` is what the K-th word of an ordinary text has; a soft
-    cap of the head does not count. OURS: maximum over places and logarithm are SPLADE's (arXiv 2109.10086);
-    the head of the pooled vector names the topic and finds far less."""
+    less its mean over v. The vectors of SparseEncoder(folder/sparse); a soft cap of the head does not count.
+    OURS: maximum over places and logarithm are SPLADE's (arXiv 2109.10086). Without mean and deviation of
+    each token the same few are the largest in all texts: nDCG@10 16 instead of 36 (300 queries of SciFact
+    train among 1,427 documents; dense 41)."""
     z = self.strongest(self.ids(texts)).relu().log1p()
     top = z.topk(min(k or self.top_k, z.shape[1]), 1)
     return torch.zeros_like(z).scatter_(1, top.indices, top.values)
@@ -46,6 +63,6 @@ def explain(self, a, b, k=None):
 
         cos(s_a, s_b) = sum_v s_a(v) s_b(v) / (|s_a| |s_b|)"""
     s = F.normalize(self.sparse([a, b], k), dim=1)
-    parts = s[0] * s[1]
+    parts = torch.zeros(s.shape[1]).index_add_(0, self.variants, s[0] * s[1])      # of a word, as one
     order = parts.argsort(descending=True)[:int((parts > 0).sum())].tolist()
     return parts.sum().item(), [(self.words.text[v], parts[v].item()) for v in order]

@@ -64,8 +64,7 @@ class Config:
     seed: int = setting(42, "of the order of texts and of every random number")
     device: str = setting("auto", "where to train", ["auto", "cpu", "cuda"])
     dtype: str = setting("auto", "of arithmetic (auto: bfloat16 on a GPU)", ["auto", "float32", "bfloat16"])
-    impl: str = setting("auto", "of the loss: ext is csrc/, compiled, auto if it can be",
-                        "auto torch ext".split())
+    impl: str = setting("auto", "of the loss: ext is csrc/, compiled, if it can be", "auto torch ext".split())
     save_every: int = setting(50, "steps between the states from which --resume goes on")
     resume: bool = setting(False, "go on with the interrupted run in --out")
     show_targets: int = setting(0, "print this many texts with their targets and exit")
@@ -290,15 +289,16 @@ def pad(ids, pad_id, device="cpu"):
 class Embedder:
     """A model in use: h = pool(f(x)), and h W, the vectors that SentenceTransformer(folder).encode gives.
 
-    W (C,C) makes the spectrum of embeddings flatter: see whiten; scale is s in z = head(s h); top_k and floor
-    belong to sparse vectors: see lexical.py. W and floor are measured when training ends."""
+    W (C,C) makes the spectrum of embeddings flatter: see whiten; scale is s in z = head(s h); top_k, floor
+    and usual (2,V) belong to sparse vectors: see lexical.py. W, floor and usual are measured when training ends."""
 
-    word_head, strongest, sparse, explain = (lexical.word_head, lexical.strongest, lexical.sparse,
-                                             lexical.explain)
+    word_head, strongest, sparse = lexical.word_head, lexical.strongest, lexical.sparse
+    measure_usual, explain = lexical.measure_usual, lexical.explain
 
-    def __init__(self, model, tok, pooling, max_length, W=None, scale=1.0, top_k=64, floor=0.0):
+    def __init__(self, model, tok, pooling, max_length, W=None, scale=1.0, top_k=64, floor=0.0,
+                 usual=None):
         self.model, self.tok, self.pooling, self.max_length = model, tok, pooling, max_length
-        self.W, self.scale, self.top_k, self.floor = W, scale, top_k, floor
+        self.W, self.scale, self.top_k, self.floor, self.usual = W, scale, top_k, floor, usual
 
     @classmethod
     def load(cls, folder, device="cpu"):
@@ -309,7 +309,7 @@ class Embedder:
         model, tok = load_backbone(str(folder), made.get("attention", "causal"))
         return cls(model.to(device), tok, made.get("pooling", "mean"), made.get("max_length", 128),
                    disk.read_dense(path.parent, model) if made else None, facts.get("scale", 1.0),
-                   made.get("top_k", 64), facts.get("floor", 0.0))
+                   made.get("top_k", 64), facts.get("floor", 0.0), disk.read_usual(path.parent))
 
     def encode(self, texts, batch_size=64):
         """list of N str -> (N,C) float32, not normalised. A text without a token gives zeros."""
@@ -349,14 +349,18 @@ class Embedder:
     def words(self):
         return read_vocabulary(self.tok, len(self.head.weight))
 
+    @functools.cached_property
+    def variants(self):
+        """(V,) the one id for all variants of a word; a token that is no word has its own."""
+        canon = self.words.canon
+        return torch.from_numpy(np.where(canon >= 0, canon, np.arange(len(canon))))
+
     @torch.no_grad()
     def tokens(self, texts, k=10):
         """list of str -> for each the k tokens it lights up, [(token, probability)]; variants are one."""
-        words = self.words
-        fold = torch.from_numpy(np.where(words.canon >= 0, words.canon, np.arange(len(words.canon))))
         p = F.softmax(self.logits(self.pooled(self.ids(texts))), -1)                                 # (N,V)
-        p, i = torch.zeros_like(p).index_add_(1, fold, p).topk(k, 1)
-        name = lambda v: words.text[v] or repr(self.tok.decode([v]))       # a space would show as nothing
+        p, i = torch.zeros_like(p).index_add_(1, self.variants, p).topk(k, 1)
+        name = lambda v: self.words.text[v] or repr(self.tok.decode([v]))  # a space would show as nothing
         return [[(name(v), w) for v, w in zip(*row)] for row in zip(i.tolist(), p.tolist())]
 
 
@@ -628,8 +632,7 @@ def train(config, targets=None, on_step=None):
     some = [tokens.text(n) for n in some]
     if config.whitening:
         embedder.W = whiten(in_precision(embedder.pooled)(some, config.micro_batch or B), config.whitening)
-    reached = in_precision(embedder.strongest)(some[:256])                                           # (256,V)
-    embedder.floor = reached.topk(min(config.top_k, V), 1).values[:, -1].mean().item()
+    in_precision(embedder.measure_usual)(some[:256])
     embedder.model = model.cpu().float().merge_and_unload() if rank else model
     last = (out / "log.jsonl").read_text().splitlines()                # texts of like length go in runs of 16
     return finish(config, embedder, before, t0 - begun["seconds"],

@@ -10,7 +10,7 @@ share of the number of texts (the later one reads those of the first again). An 
 results/readings.py. Every vector is scored twice: as it is, and whitened (t2t.whiten, from 2,048 texts of the
 corpus) -- so no method wins by what could be done to all of them. Test splits are scored with the settings
 that --tune found; it looks at STSBenchmark validation and Banking77 train only. Cells are kept in --runs,
-tables in results/contest-CORPUS.json and .md.
+tables in results/contest-CORPUS-TEXTS.json and .md.
 """
 import argparse
 import gzip
@@ -264,7 +264,7 @@ def interval(values):
 
 
 def report(a):
-    """results/contest-CORPUS.json and .md from all that stands in --runs"""
+    """results/contest-CORPUS-TEXTS.json and .md from all that stands in --runs"""
     runs, order = {}, [*READINGS, *CELLS]
     for file in sorted(Path(a.runs).glob("*.npz")):
         arrays = dict(np.load(file))
@@ -300,7 +300,7 @@ def report(a):
              "versions": {p: version(p) for p in ("torch", "transformers", "mteb", "scipy")},
              "rows": table, "claims": claims,
              "trials": [json.loads(x) for x in trials.read_text().splitlines()] if trials.exists() else []}
-    out = ROOT / "results" / f"contest-{Path(a.corpus).name}"
+    out = ROOT / "results" / f"contest-{Path(a.corpus).name}-{a.texts}"
     out.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n")
     columns = [*STS, "mean STS", "Banking77Classification"]
     head = " | ".join([" ", "seeds", *columns, "mean STS as it is"])

@@ -14,7 +14,6 @@
 Frequencies, idf and components come from --corpus, never a task. Writes results/readings-CORPUS.json and .md.
 """
 import argparse
-import functools
 import json
 import sys
 import time
@@ -50,29 +49,13 @@ def readings(backbone, corpus, max_length=128):
     before, after = tok(t2t.PROMPT[0])["input_ids"], tok(t2t.PROMPT[1], add_special_tokens=False)["input_ids"]
     bare = lambda text: [i for i in t2t.tokenize(tok, [text], max_length)[0] if i not in special]
 
-    @torch.no_grad()
-    def run(ids, model=model):
-        """list of n id lists -> mean (n,C) and last (n,C) of their states"""
-        mean, last = np.zeros((2, len(ids), H.shape[1]), np.float32)
-        order = sorted((n for n in range(len(ids)) if ids[n]), key=lambda n: -len(ids[n]))
-        for rows in t2t.blocks(order, 64):
-            x, mask = t2t.pad([ids[n] for n in rows], tok.pad_token_id)
-            y = t2t.states(model, x, mask)
-            mean[rows], last[rows] = (t2t.pool(y, mask, how).numpy() for how in ("mean", "last"))
-        return mean, last
-
-    @functools.lru_cache(8)                            # mean, last and mean - PC read the same states
-    def plain(texts):
-        return run(t2t.tokenize(tok, list(texts), max_length))
-
     both_layers, _ = t2t.load_backbone(backbone, "causal")
     t2t.first_last(both_layers)
-
-    def mean(texts):
-        return plain(tuple(texts))[0]
+    embedder = lambda how, model=model: t2t.Embedder(model, tok, how, max_length)
+    read = lambda e: lambda texts: e.pooled(e.ids(texts))
 
     def prompt(texts):
-        return run([before + bare(t) + after for t in texts])[1]
+        return embedder("last").pooled([before + bare(t) + after for t in texts])
 
     @torch.no_grad()
     def echo(texts):
@@ -107,8 +90,7 @@ def readings(backbone, corpus, max_length=128):
             np.add.at(out[n], t2t.find_words(words, np.array(ids, int), [len(ids)])[1], 1)
         return out * idf
 
-    last = lambda texts: plain(tuple(texts))[1]
-    first_last = lambda texts: run(t2t.tokenize(tok, texts, max_length), both_layers)[0]
+    mean, last, first_last = map(read, (embedder("mean"), embedder("last"), embedder("mean", both_layers)))
     head_rows, sif = rows(np.ones(V)), without_pc(rows(1e-3 / (1e-3 + frequency)))
     found = [mean, last, first_last, prompt, echo, without_pc(mean), head_rows, sif, tf_idf]
     return dict(zip(NAMES, found)), some

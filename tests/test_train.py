@@ -238,13 +238,32 @@ def test_sparse_encoder_reads_the_head(checkpoint):
     assert_close(z, e.sparse(texts, 8), rtol=1e-4, atol=1e-4)
     H, words = t2t.head(e.model).weight, e.words                     # the first text by hand, in float64
     x = t2t.states(e.model, *t2t.pad(e.ids(texts[:1]), 0))[0].double()
-    own = (H.double() - H.double().mean(0)) * torch.from_numpy(words.canon == np.arange(len(H)))[:, None]
-    assert e.floor > 0
-    top = (x @ own.T - e.floor).clamp_min(0).log1p().amax(0).topk(8)
+    mean, deviation = e.usual.double()
+    s = ((x @ (H.double() - H.double().mean(0)).T).amax(0) - mean) / deviation - e.floor
+    top = s.where(torch.tensor([t != "" for t in words.text]), 0).clamp_min(0).log1p().topk(8)
     assert_close(z[0].double(), torch.zeros(len(H)).double().scatter_(0, top.indices, top.values),
                  rtol=1e-4, atol=1e-4)
-    found = {t.strip("\u0120").lower() for t, _ in sparse.decode(sparse.encode(texts[:1]), top_k=4)[0]}
+    n = int((z > 0).sum(1).argmax())                                 # the text with most
+    found = [t for t, _ in sparse.decode(sparse.encode([texts[n]]), top_k=1)[0]]
+    assert found == e.tok.convert_ids_to_tokens([int(z[n].argmax())])
+    e.usual, e.floor = None, 0.0                         # so that words which all texts here have count as well
+    found = {words.text[v].lower() for v in e.sparse(texts[:1], 8)[0].nonzero()[:, 0]}
     assert found & {"wolf", "goat", "desert", "follows"}
+
+
+def test_usual_tokens_by_hand(checkpoint):
+    """mean and deviation over texts of the largest logit over places; floor: the largest of an ordinary text
+    (an eighth of top_k = 8 tokens)."""
+    e, texts = Embedder.load(checkpoint), sentences(30)
+    H = t2t.head(e.model).weight.double()
+    H = (H - H.mean(0)).where(torch.tensor([t != "" for t in e.words.text])[:, None], 0)
+    z = torch.stack([(t2t.states(e.model, *t2t.pad(e.ids([t]), 0))[0].double() @ H.T).amax(0) for t in texts])
+    e.measure_usual(e.ids(texts))
+    deviation = z.std(0, correction=0)
+    deviation += deviation.mean() / 2
+    assert_close(e.usual, torch.stack([z.mean(0), deviation]).float(), rtol=1e-4, atol=1e-4)
+    largest = ((z - z.mean(0)) / deviation).amax(1).mean().item()
+    assert e.top_k == 8 and e.floor == pytest.approx(largest, rel=1e-4)
 
 
 def test_explain_adds_up(checkpoint):
@@ -254,7 +273,10 @@ def test_explain_adds_up(checkpoint):
     z = SparseEncoder(str(checkpoint / "sparse"), device="cpu").encode([a, b]).to_dense().cpu()
     assert score == pytest.approx(torch.cosine_similarity(z[0], z[1], dim=0).item(), abs=1e-4)
     assert score == pytest.approx(sum(p for _, p in parts), abs=1e-5)
-    assert {"wolf", "goat"} & {w for w, _ in parts}
+    e.usual, e.floor = None, 0.0                         # so that words which all texts here have count as well
+    score, parts = e.explain(a, b, 8)
+    assert score == pytest.approx(sum(p for _, p in parts), abs=1e-5)
+    assert {"wolf", "goat"} & {w.lower() for w, _ in parts} and len({w for w, _ in parts}) == len(parts)
     assert [p for _, p in parts] == sorted((p for _, p in parts), reverse=True)
     assert e.explain(b, a, 8)[0] == pytest.approx(score, abs=1e-6)
     assert e.explain(a, a)[0] == pytest.approx(1, abs=1e-5)
