@@ -290,7 +290,7 @@ class Embedder:
     """A model in use: h = pool(f(x)), and h W, the vectors that SentenceTransformer(folder).encode gives.
 
     W (C,C) makes the spectrum of embeddings flatter: see whiten; scale is s in z = head(s h); top_k, floor
-    and usual (2,V) belong to sparse vectors: see lexical.py. W, floor and usual are measured when training ends."""
+    and usual (2,V) belong to sparse vectors: see lexical.py. W, floor and usual are measured at the end."""
 
     word_head, strongest, sparse = lexical.word_head, lexical.strongest, lexical.sparse
     measure_usual, explain = lexical.measure_usual, lexical.explain
