@@ -127,7 +127,8 @@ def make_trainable(model, rank):
     """What learns: all weights between embedding and head (rank 0), or LoRA on every linear map there.
 
     OURS: the vocabulary stays as pretrained. Words that the texts do not have keep their place among those
-    that they have; a trained embedding cost 1.4 points of STS, 4.1 of Banking77 (validation, 7,680 texts)."""
+    that they have. A trained embedding cost 1.4 points of STS and 4.1 of Banking77 at 7,680 documentation
+    texts, and gained 1.7 and cost 1.0 at 32,000 general ones (validation, one seed)."""
     if rank:
         import peft
         lora = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
