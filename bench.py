@@ -250,6 +250,7 @@ def step_table(column, model, B, micro, T, device, budget, impls=("ext", "torch"
     optimizer, case = torch.optim.AdamW(params, lr=1e-6), Case(micro, V, 0, "fp32", device)
     ids, canon = torch.randint(V, (B // micro, micro, T), device=device), torch.arange(V, device=device)
     canon = canon.where(canon % 2 == 0, -1)                            # every other token is a word
+    words = canon, *torch.zeros(2, V, dtype=torch.bool, device=device)  # none goes on with another
     autocast = functools.partial(torch.autocast, device, torch.bfloat16, enabled=low)
 
     def step(impl):
@@ -260,7 +261,7 @@ def step_table(column, model, B, micro, T, device, budget, impls=("ext", "torch"
                 h = t2t.pool(x, mask, "mean")
                 L = t2t.linear_vocab_kl(h, H.weight, case.i, case.p, H.bias, "sum", impl, False, H.scale,
                                         H.softcap) / B
-                L = L + t2t.single_tokens(x, rows, mask, canon, H, impl) / B
+                L = L + t2t.single_tokens(x, rows, mask, words, H, impl) / B
             L.backward()
         torch.nn.utils.clip_grad_norm_(params, 1.0).item()
         optimizer.step()

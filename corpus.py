@@ -16,6 +16,7 @@ import json
 import os
 import re
 import shutil
+import unicodedata
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -315,6 +316,12 @@ def keep_targets(name, tokens, seen, K, make, n_block):
     folder = cached("targets", name, write)
     return *(np.load(folder / f"{x}.npy", mmap_mode="r") for x in ("indices", "probs")), float(
         np.load(folder / "constant.npy"))
+
+
+def unspaced(letter):
+    """Is it of a script that puts no spaces between words, so that each token may be one?"""
+    return unicodedata.name(letter, "").startswith(
+        ("CJK", "HIRAGANA", "KATAKANA", "BOPOMOFO", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN"))
 
 
 @functools.lru_cache(2)

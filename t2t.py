@@ -46,7 +46,7 @@ class Config:
     corpus: str = setting("docstrings", ".txt, .jsonl, .jsonl.gz, .parquet file, a folder, hub:NAME[:COLUMN]")
     out: str = setting("ckpt", "folder for the finished checkpoint")
     init: str = setting("", "start from this checkpoint's weights instead of the backbone's (a second stage)")
-    pooling: str = setting("auto", "of states; first-last: of two layers (auto: so for targets, else mean)",
+    pooling: str = setting("auto", "of states; first-last: of two layers (auto: so for targets, if tied)",
                            "auto first-last mean last".split())
     attention: str = setting("bidirectional", "what a token may look at", ["bidirectional", "causal"])
     top_k: int = setting(64, "K, target tokens a text")
@@ -60,7 +60,7 @@ class Config:
     whitening: float = setting(1.0, "how flat to make the spectrum of the embeddings: 0 not, 1 wholly")
     token_loss: float = setting(16.0, "weight of the loss at single tokens (0: none)")
     scale: float = setting(4.0, "s, of a mean of states in front of the head (last, simcse, mntp: 1)")
-    lora_rank: int = setting(-1, "of LoRA adapters (0: all weights learn; -1: so below 100 M, else 16)")
+    lora_rank: int = setting(-1, "of LoRA adapters (0: all but embedding and head learn; -1: so below 100 M)")
     seed: int = setting(42, "of the order of texts and of every random number")
     device: str = setting("auto", "where to train", ["auto", "cpu", "cuda"])
     dtype: str = setting("auto", "of arithmetic (auto: bfloat16 on a GPU)", ["auto", "float32", "bfloat16"])
@@ -91,7 +91,7 @@ from backbone import cap, first_last, head, load_backbone, make_trainable, resol
 from baselines import entropy, mntp, simcse  # noqa: E402
 from build_ext import choose, compiled  # noqa: E402
 from corpus import (RUN, STOP, batch_of, blocks, code, keep_targets, key, order_of_texts,  # noqa: E402
-                    read_tokens, stamps, tokenize)
+                    read_tokens, stamps, tokenize, unspaced)
 from ops import check_targets, merge  # noqa: E402
 
 
@@ -125,9 +125,9 @@ def read_vocabulary(tok, V):
         word = s.strip()
         if not word:
             continue
-        cased = word[0].lower() != word[0].upper()                     # a script without case: words unspaced
+        cased = word[0].lower() != word[0].upper()
         text[v], spaced[v], opened[v] = word, s[0].isspace(), s[-1].isalpha()
-        glued[v] = cased and not spaced[v]
+        glued[v] = word[0].isalpha() and not spaced[v] and not unspaced(word[0])
         if word.isalpha() and word.lower() not in STOP and (len(word) > 1 or not cased):
             forms.setdefault(word.lower(), []).append(v)
     for word, ids in forms.items():
@@ -159,7 +159,7 @@ def corpus_tokens(source, tok, max_length, words):
 # ------------------------------------------------------------------------------------------------- 2. targets
 class Targets(NamedTuple):
     indices: np.ndarray     # (N,K) int32    -1 is padding
-    probs: np.ndarray       # (N,K) float32  sums to 1 over K, or to 0 for a text without words
+    probs: np.ndarray       # (N,K) float32  sums to 1 over K, or to 0: no words, or not read in training
     constant: float         # mean_b KL(q_b || mean of all q), the best constant prediction: the honest zero
 
 
@@ -202,9 +202,9 @@ def build_targets(config, tokens, *given, custom=None):
 def data_targets(rows, words, idf, K, temperature):
     """list of n id arrays -> indices (n,K), probs (n,K): the words *in* the text, by how much they tell.
 
-        q_b(v) ~ (tf_b(v) * idf(v))^(1/temperature),      idf(v) = log(N / df(v))
+        q_b(v) ~ (tf_b(v) * idf(v))^(1/temperature),      idf(v) = log(N / df(v)), at least 0.001
 
-    PAPER: "data-driven": the meaningful tokens of the text. OURS: tf-idf as the measure of meaning."""
+    over the K heaviest v. PAPER: "data-driven": the meaningful tokens of a text. OURS: tf-idf as measure."""
     n, V = len(rows), len(idf)
     text, word = find_words(words, np.concatenate(rows), [len(r) for r in rows])
     pairs, tf = np.unique(text * V + word, return_counts=True)             # each word of each text once
@@ -229,9 +229,10 @@ def model_targets(config, tokens, words, model, tok, K, sample=2048):
 
         s_b(v) = log p(v | b) - mean_b' log p(v | b'),      q_b = softmax of the K largest s_b / temperature
 
-    log p(v | b) is, for a large model, the next token after a one-word prompt; for a small one, which can not
-    follow a prompt, the mean over positions of log p(v | prefix). What is subtracted is predicted for *every*
-    text. PAPER: "model-derived": tokens *beyond* the text. OURS: the rest, and the mean over 2,048 texts."""
+    over canonical words v, each as its best variant. log p(v | b) is, for a large model, the next token after
+    a one-word prompt; for a small one, which can not follow a prompt, the mean over positions of
+    log p(v | prefix). What is subtracted is predicted for *every* text. PAPER: "model-derived": tokens
+    *beyond* the text. OURS: the rest, and the mean over 2,048 texts."""
     large = sum(p.numel() for p in model.parameters()) > 1e9
     device, special = model.device, set(tok.all_special_ids)
     before, after = tok(PROMPT[0])["input_ids"], tok(PROMPT[1], add_special_tokens=False)["input_ids"]
@@ -265,8 +266,8 @@ def model_targets(config, tokens, words, model, tok, K, sample=2048):
 # states(model, ids, mask) is what the model hands to its head, head(model)(x) are its logits (B,T,V).
 #
 # OURS: for token targets x becomes, by backbone.first_last, half that and half the token's embedding e:
-# x = (last + c e) / 2, c for halves of one length. What a token is, and what the text makes of it. Where head
-# and embedding are one table, c e already speaks to the head; where they are two, that is off by default.
+# x = (last + c e) / 2, c (config.first) for halves of one length: what a token is, and what the text makes of
+# it. Where head and embedding are one table, c e already speaks to the head; where they are two, not done.
 
 def pool(x, mask, how):
     """x (B,T,C), mask (B,T) -> (B,C), whichever side the padding is on."""
@@ -369,12 +370,14 @@ def whiten(h, power, ridge=0.01):
 
         S = mean_n u_n u_n',  u = h / |h|, in units of its mean eigenvalue,       W = (S + ridge I)^(-power/2)
 
-    power 1: all directions alike; 0: W = I.
+    power 1: all directions alike; 0: W = I. Of fewer than 4 C texts less is believed: a larger ridge.
 
     OURS: predicting words leaves a few large directions, shared by all texts (the first is nearly the mean of
     all), which drown in a cosine what tells texts apart. Whitening as in arXiv 2103.15316, not centred."""
     u = F.normalize(torch.from_numpy(h).double(), dim=1)
-    s, E = torch.linalg.eigh(u.T @ u / len(u))
+    N, C = h.shape
+    ridge *= max(1, 4 * C / N) ** 2
+    s, E = torch.linalg.eigh(u.T @ u / N)
     s = s.clamp_min(0) / s.mean() + ridge
     return (E * s ** (-power / 2) @ E.T).float().numpy()
 
@@ -440,8 +443,8 @@ def reduce(loss, valid, reduction):
 
 
 # ------------------------------------------------------------------------------------------------ 5. training
-# corpus.batch_of says which texts a step reads: each once an epoch, those of like length together, except
-# for simcse, which would tell texts apart by their length.
+# corpus.batch_of says which texts a step reads: each once an epoch (less what does not fill a batch), those
+# of like length together, except for simcse, which would tell texts apart by their length.
 
 def learning_rate(step, steps, peak):
     """OURS: linear warm-up over a tenth of the steps, then a cosine down to a tenth of the peak."""
@@ -476,11 +479,12 @@ def predict_targets(read, batch, H, impl, indices, probs, scale, token_loss, wor
 
 
 def single_tokens(x, ids, mask, words, H, impl, a_text=8):
-    """The same loss where text and target are one token: x_t predicts token t, at up to eight places a text.
+    """The same loss where text and target are one token. At up to eight places t of a text that hold a word,
+    x_t predicts its canonical form w_t:         sum_b sum_t -log softmax(head(x_bt))[w_bt] / 8
 
     OURS: the mean of many states can fit a text's targets while each single state forgets its word; such
     embeddings know the topic and lose the words. x (B,T,C), ids and mask (B,T), words: canon, glued and open
-    of Words as tensors (V,) -> (), a sum over texts."""
+    of Words as tensors (V,) -> ()."""
     canon, glued, opened = words
     inside = F.pad(glued[ids[:, 1:]] & opened[ids[:, :-1]], (1, 0))    # (B,T) find_words, of what is left
     word = (canon[ids] >= 0) & (mask > 0) & ~inside
@@ -627,7 +631,7 @@ def train(config, targets=None, on_step=None):
     if at["step"] < config.steps:
         raise KeyboardInterrupt(f"stopped after step {at['step']}: add --resume to the same command to go on")
 
-    # ---- what the finished embedder knows of its corpus: 4 C texts show C directions well
+    # ---- what the finished embedder knows of its corpus
     some = order_of_texts(config.seed, 0, len(lengths))[:min(4 * H.weight.shape[1], 4096)]
     some = [tokens.text(n) for n in some]
     if config.whitening:
@@ -647,7 +651,8 @@ EXAMPLES = ["A dog runs after a ball in the park.", "The bank raised its interes
 
 
 def finish(config, embedder, before, t0, loss=None, **facts):
-    """Write the checkpoint, and show what was learned: the tokens that a text lights up, before and after."""
+    """Write the checkpoint, and show what was learned: the tokens that a text lights up, and those `before`,
+    from the causal backbone's mean of last states."""
     from importlib.metadata import version
     embedder.model.cpu()
     after = embedder.tokens(EXAMPLES, 8)
@@ -671,6 +676,7 @@ def finish(config, embedder, before, t0, loss=None, **facts):
 
 
 def show_targets(config, tokens, q, words, tok):
+    """--show-targets: the first texts of the first epoch, and the q of each."""
     order = order_of_texts(config.seed, 0, len(tokens.start) - 1)
     some = [tokens.text(n) for n in order[:config.show_targets]]
     for text, indices, probs in zip(some, *q(some)):

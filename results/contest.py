@@ -1,4 +1,4 @@
-"""The contest: token targets against contrastive learning, one backbone, the same number of the same texts.
+"""The contest: token targets against contrastive learning, one backbone, as many texts read.
 
     python results/contest.py --data-dir DIR                         # all cells, three seeds; resumes
     python results/contest.py --data-dir DIR --cells data --seeds 1  # one cell of the table again
@@ -8,8 +8,9 @@
 A trained cell is one call of t2t.train a stage; stages follow one another through --init, each with an even
 share of the number of texts (the later one reads those of the first again). An untrained cell is a reading of
 results/readings.py. Every vector is scored twice: as it is, and whitened (t2t.whiten, from 2,048 texts of the
-corpus) -- so no method wins by what could be done to all of them. Test splits are scored with the settings
-that --tune found; it looks at STSBenchmark validation and Banking77 train only. Cells are kept in --runs,
+corpus) -- so no method wins by what could be done to all of them; tf-idf, of V dimensions, only as it is.
+Test splits are scored with the settings that --tune found; it looks at STSBenchmark validation and Banking77
+train only. Cells are kept in --runs,
 tables in results/contest-CORPUS-TEXTS.json and .md.
 """
 import argparse
@@ -65,8 +66,8 @@ TRIALS = {                                             # of the first stage; the
     "model": [dict(lr=1e-3), dict(lr=2e-3), dict(lr=4e-3)],
 }
 CLAIMS = [("data", x) for x in (
-    "simcse", "mntp, simcse", "simcse, first-last", "mean", "first-last", "SIF", "tf-idf", "model", "both",
-    "data, model", "data, causal", "data, last", "data, mean", "data, no scale", "data, no dropout",
+    "simcse", "mntp, simcse", "simcse, first-last", "mean", "first-last", "both ways", "SIF", "tf-idf", "model",
+    "both", "data, model", "data, causal", "data, last", "data, mean", "data, no scale", "data, no dropout",
     "data, no single tokens")]
 
 

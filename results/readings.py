@@ -1,9 +1,10 @@
-"""What a backbone is worth as an embedder before any training: six ways to read it, and two without a model.
+"""What a backbone is worth as an embedder before training: seven ways to read it, and two without a model.
 
     python results/readings.py --data-dir DIR [--backbone tiny] [--corpus docstrings] [--tasks NAME ...]
 
     mean, last         states of the causal model, averaged or the last one
     first-last         mean, of states and embeddings alike (backbone.first_last)
+    both ways          first-last, with bidirectional attention: where training starts
     echo               the text twice, the states of its second copy averaged (arXiv 2402.15449)
     prompt             the last state of: This text: "..." means in one word: "
     mean - PC          mean, without the first principal component of mean over 2,048 texts of the corpus
@@ -32,7 +33,7 @@ import eval as evaluation  # noqa: E402
 import t2t  # noqa: E402
 
 
-NAMES = ["mean", "last", "first-last", "prompt", "echo", "mean - PC", "head rows", "SIF", "tf-idf"]
+NAMES = "mean, last, first-last, both ways, prompt, echo, mean - PC, head rows, SIF, tf-idf".split(", ")
 
 
 def readings(backbone, corpus, max_length=128):
@@ -49,8 +50,9 @@ def readings(backbone, corpus, max_length=128):
     before, after = tok(t2t.PROMPT[0])["input_ids"], tok(t2t.PROMPT[1], add_special_tokens=False)["input_ids"]
     bare = lambda text: [i for i in t2t.tokenize(tok, [text], max_length)[0] if i not in special]
 
-    both_layers, _ = t2t.load_backbone(backbone, "causal")
+    both_layers, both_ways = (t2t.load_backbone(backbone, a)[0] for a in ("causal", "bidirectional"))
     t2t.first_last(both_layers)
+    t2t.first_last(both_ways)
     embedder = lambda how, model=model: t2t.Embedder(model, tok, how, max_length)
     read = lambda e: lambda texts: e.pooled(e.ids(texts))
 
@@ -90,9 +92,10 @@ def readings(backbone, corpus, max_length=128):
             np.add.at(out[n], t2t.find_words(words, np.array(ids, int), [len(ids)])[1], 1)
         return out * idf
 
-    mean, last, first_last = map(read, (embedder("mean"), embedder("last"), embedder("mean", both_layers)))
+    mean, last, first_last, starts = map(read, (
+        embedder("mean"), embedder("last"), embedder("mean", both_layers), embedder("mean", both_ways)))
     head_rows, sif = rows(np.ones(V)), without_pc(rows(1e-3 / (1e-3 + frequency)))
-    found = [mean, last, first_last, prompt, echo, without_pc(mean), head_rows, sif, tf_idf]
+    found = [mean, last, first_last, starts, prompt, echo, without_pc(mean), head_rows, sif, tf_idf]
     return dict(zip(NAMES, found)), some
 
 

@@ -780,3 +780,15 @@ def test_training_by_either(ext, backbone, texts_file, tmp_path, capsys):
         runs[impl] = [(r["loss"], r["grad_norm"]) for r in log(out)]
         assert says in capsys.readouterr().out
     assert_close(torch.tensor(runs["ext"]), torch.tensor(runs["torch"]), rtol=1e-4, atol=0)
+
+
+def test_step_that_bench_times():
+    """bench.py takes a step as t2t.train does: it runs, and both implementations agree on its losses."""
+    import bench
+    from transformers import LlamaConfig, LlamaForCausalLM
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+        tie_word_embeddings=True))
+    table = bench.step_table("a test", model, 4, 2, 8, "cpu", 0.1)
+    assert table["N"][::2] == [2, 2] and all(row["min"] is not None for row in table["rows"].values())

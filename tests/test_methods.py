@@ -123,6 +123,8 @@ def test_whiten():
     np.testing.assert_allclose(t2t.whiten(h, 0.0), np.eye(8), atol=1e-6)
     few = t2t.whiten(h[:3], 1.0)                                      # directions never seen: the ridge
     assert np.isfinite(few).all()
+    few = np.linalg.eigvalsh(t2t.whiten(np.random.default_rng(0).normal(size=(100, 512)), 1.0))
+    assert few.max() < 2 * few.min()                                  # five times more directions than texts
 
 
 def test_whitening_is_in_the_folder(backbone, texts_file, tmp_path):
@@ -173,7 +175,7 @@ def test_baselines_learn_and_stack(backbone, texts_file, tmp_path):
                           lr=1e-3))
     facts = json.loads(Path(second, "t2t.json").read_text())
     assert facts["constant"] == pytest.approx(math.log(16)) and facts["loss"] < facts["constant"] - 0.5
-    assert "--init" in facts["command"] and not facts["ours"][0].startswith("tf-idf")
+    assert "--init" in facts["command"] and facts["ours"][0] == "frozen head"
 
 
 def test_model_targets_only_of_texts_that_are_seen(backbone, texts_file, tmp_path, monkeypatch):

@@ -45,6 +45,15 @@ def test_canon_by_hand(mark):
     assert words.text[2] == "Dog" and words.text[23] == ""
 
 
+def test_scripts_without_case():
+    """Arabic writes spaces: its later pieces are no words. Thai writes none: each piece may be a word."""
+    al, kitab, cat = "\u0627\u0644", "\u0643\u062a\u0627\u0628", "\u0e41\u0e21\u0e27"
+    tokens = ["<s>", "_" + al, kitab, "_" + kitab, cat]
+    words = read_vocabulary(FakeTokenizer(tokens, "\u0120"), 5)
+    assert words.canon.tolist() == [-1, 1, 3, 3, 4] and words.glued.nonzero()[0].tolist() == [2]
+    assert find_words(words, np.array([1, 2, 4, 4, 3]), [5])[1].tolist() == [1, 4, 4, 3]
+
+
 def test_split_words_count_once():
     words = read_vocabulary(FakeTokenizer(TOKENS, "\u0120"), 23)
     #          the dys|lexia . dog(at once after a stop)    comfort|able   able    next text: dog
