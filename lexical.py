@@ -35,7 +35,7 @@ def strongest(self, ids, floor=None):
 def measure_usual(self, ids):
     """What ordinary texts, a list of N id lists, light up: `usual` (2,V), of each token's largest logit the
     mean and the standard deviation, to which half the mean deviation is added (a token that never moves says
-    nothing when it moves a little); and `floor`, which an eighth of top_k tokens of such a text exceed."""
+    nothing when it moves a little); and `floor`, which an eighth of top_k tokens of such a text exceed on average."""
     self.usual, self.floor = None, 0.0
     z = self.strongest(ids)                                                                          # (N,V)
     deviation = z.std(0, correction=0)
@@ -47,12 +47,13 @@ def measure_usual(self, ids):
 def sparse(self, texts, k=None, floor=None):
     """list of N str -> (N,V): the k (top_k) tokens that a text lights up unusually, the others 0:
 
-        s(v) = log(1 + max(0, (max_t z_t(v) - mean(v)) / deviation(v) - floor)),    z_t = head(x_t)
+        s(v) = log(1 + max(0, (max_t z_t(v) - mean(v)) / deviation(v) - floor))
+        z_t(v) = head(x_t)[v] less its mean over all v;    mean, deviation, floor: see measure_usual
 
-    less its mean over v. The vectors of SparseEncoder(folder/sparse); a soft cap of the head does not count.
-    OURS: maximum over places and logarithm are SPLADE's (arXiv 2109.10086). Without mean and deviation of
-    each token the same few are the largest in all texts: nDCG@10 16 instead of 36 (300 queries of SciFact
-    train among 1,427 documents; dense 41)."""
+    The vectors of SparseEncoder(folder/sparse); a soft cap of the head does not count. OURS: maximum over
+    places and logarithm are SPLADE's (arXiv 2109.10086). Without mean and deviation of each token the same
+    few are the largest in all texts: nDCG@10 16 instead of 36 (300 queries of SciFact train among 1,427
+    documents, default run; dense 41)."""
     z = self.strongest(self.ids(texts), floor).relu().log1p()
     top = z.topk(min(k or self.top_k, z.shape[1]), 1)
     return torch.zeros_like(z).scatter_(1, top.indices, top.values)
