@@ -35,7 +35,7 @@ def strongest(self, ids, floor=None):
 def measure_usual(self, ids):
     """What ordinary texts, a list of N id lists, light up: `usual` (2,V), of each token's largest logit the
     mean and the standard deviation, to which half the mean deviation is added (a token that never moves says
-    nothing when it moves a little); and `floor`, which an eighth of top_k tokens of such a text exceed on average."""
+    nothing when it moves a little); and `floor`, which top_k / 8 tokens of such a text exceed on average."""
     self.usual, self.floor = None, 0.0
     z = self.strongest(ids)                                                                          # (N,V)
     deviation = z.std(0, correction=0)

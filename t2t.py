@@ -186,16 +186,16 @@ def targets_of(config, tokens, words, model, tok, custom=None):
     return q
 
 
-def build_targets(config, tokens, *given, custom=None):
-    """q for all texts that training will see, memory-mapped; `given` as targets_of takes it."""
+def build_targets(config, tokens, words, model, tok, custom=None):
+    """q for all texts that training will see, memory-mapped."""
     N, data = len(tokens.start) - 1, config.method == "data"           # data: of the corpus alone, and quick
     first = N if data or custom else min(N, -(-config.steps // RUN) * RUN * config.batch_size)
     seen = order_of_texts(config.seed, 0, N)[:first] if first < N else np.arange(N)
     made_by = [code(m.__file__) for m in (ops, backbone)]
     name = None if custom else key(code(__file__), *made_by, str(tokens.folder), config.method,
                                    stamps(resolve(config.backbone)), config.top_k, config.temperature,
-                                   *([] if data else [config.seed, first, str(given[1].dtype)]))
-    make = functools.partial(targets_of, config, tokens, *given, custom=custom)
+                                   *([] if data else [config.seed, first, str(model.dtype)]))
+    make = functools.partial(targets_of, config, tokens, words, model, tok, custom)
     return Targets(*keep_targets(name, tokens, np.sort(seen), config.top_k, make, 4096 if data else 64))
 
 
@@ -336,8 +336,8 @@ class Embedder:
         h = np.zeros((len(ids), self.head.weight.shape[1]), np.float32)
         order = sorted((n for n in range(len(ids)) if len(ids[n])), key=lambda n: -len(ids[n]))
         for rows in blocks(order, batch_size):                             # of like lengths: less padding
-            x, mask = pad([ids[n] for n in rows], self.tok.pad_token_id, self.model.device)
-            h[rows] = pool(states(self.model, x, mask).float(), mask, self.pooling).cpu().numpy()
+            part, mask = pad([ids[n] for n in rows], self.tok.pad_token_id, self.model.device)
+            h[rows] = pool(states(self.model, part, mask).float(), mask, self.pooling).cpu().numpy()
         return h
 
     @torch.no_grad()
@@ -570,7 +570,7 @@ def train(config, targets=None, on_step=None):
         return x, pool(x, mask, config.pooling)
 
     optimizer = torch.optim.AdamW(params, lr=peak, betas=(0.9, 0.98), weight_decay=0.01)
-    at = {"step": 0, "seconds": 0.0, "cells": 0, "read": 0, "corpus": tokens.hash}     # cells: with padding
+    at = {"step": 0, "seconds": 0.0, "cells": 0, "read": 0, "corpus": tokens.hash}     # cells: read + padding
     if config.resume:
         at = disk.load_state(out, config, model, optimizer, tokens.hash)
     B = min(config.batch_size, len(lengths))
