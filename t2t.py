@@ -408,8 +408,8 @@ def vocab_kl(logits, indices, probs, reduction="mean", impl="auto", inplace=Fals
     p = p.to(x.dtype)
     x = x - x.detach().amax(1, keepdim=True)                           # largest is 0: no overflow, and a big
     log_s = x.exp().sum(1, keepdim=True).log()                         # common offset costs no digits
-    log_softmax = x.gather(1, i.clamp_min(0)) - log_s                        # (N,K) log softmax at the targets
-    log_softmax = log_softmax.masked_fill(p == 0, 0)                               # 0 log 0 = 0, even if a logit is -inf
+    log_softmax = x.gather(1, i.clamp_min(0)) - log_s                  # (N,K) at the targets
+    log_softmax = log_softmax.masked_fill(p == 0, 0)                   # 0 log 0 = 0, even if a logit is -inf
     return reduce((torch.special.xlogy(p, p) - p * log_softmax).sum(1), (p > 0).any(1), reduction)
 
 
