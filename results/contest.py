@@ -66,9 +66,10 @@ TRIALS = {                                             # of the first stage; the
     "model": [dict(lr=1e-3), dict(lr=2e-3), dict(lr=4e-3)],
 }
 CLAIMS = [("data", x) for x in (
-    "simcse", "mntp, simcse", "simcse, first-last", "mean", "first-last", "both ways", "SIF", "tf-idf", "model",
-    "both", "data, model", "data, causal", "data, last", "data, mean", "data, no scale", "data, no dropout",
-    "data, no single tokens")]
+    "simcse", "mntp, simcse", "simcse, first-last", "mean", "first-last", "both ways", "SIF", "tf-idf",
+    "model", "both", "data, model", "data, causal", "data, last", "data, mean", "data, no scale",
+    "data, no dropout", "data, no single tokens")] + [
+    ("data, mean", x) for x in ("mntp, simcse", "SIF", "tf-idf")]
 
 
 # ------------------------------------------------------------------------------------------------- one cell
