@@ -125,7 +125,7 @@ def save(out, embedder, config, facts):
     sparse_folder(new / "sparse", shared, layers, (length(first) * rows, bias), config)
     for folder in (new, new / "sparse") if first else ():
         write_layers(folder / "0_FirstLast", embedder.model.config.num_hidden_layers, C, first)
-    write_json(new / "t2t.json", facts | {"ours": ours(config, first)})
+    write_json(new / "t2t.json", facts | {"ours": ours(config, embedder)})
     (new / "README.md").write_text(card(config, facts))
     if (out / "log.jsonl").exists():
         shutil.copy(out / "log.jsonl", new)
@@ -208,16 +208,17 @@ def write_json(path, value):
     path.write_text(json.dumps(value, indent=1) + "\n")
 
 
-def ours(config, first):
-    """What of a run the paper does not state, as far as its settings make use of it."""
+def ours(config, embedder):
+    """What of a run the paper does not state, as far as it was used."""
     data, model = config.method in ("data", "both"), config.method in ("model", "both")
     targets, trained = data or model, config.method != "none"
     used = {"tf-idf weights": data, "first piece of a split word": data,
-            "log p minus its mean over the corpus": model, "mean of first and last layer": first > 0,
+            "log p minus its mean over the corpus": model,
+            "mean of first and last layer": weight_of_first(embedder.model) > 0,
             "input tokens left out": targets and config.dropout != 0,
-            "mean of states scaled for the head": targets and config.pooling != "last" and config.scale != 1,
+            "mean of states scaled for the head": embedder.scale != 1,
             "loss at single tokens": targets and config.token_loss > 0, "frozen head": trained,
-            "every hyper-parameter": trained, "whitening": trained and config.whitening > 0,
+            "every hyper-parameter": trained, "whitening": embedder.W is not None,
             "sparse vectors: SPLADE's maximum, standardised": True}
     return [name for name, yes in used.items() if yes]
 

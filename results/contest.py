@@ -10,8 +10,7 @@ share of the number of texts (the later one reads those of the first again). An 
 results/readings.py. Every vector is scored twice: as it is, and whitened (t2t.whiten, from 2,048 texts of the
 corpus) -- so no method wins by what could be done to all of them; tf-idf, of V dimensions, only as it is.
 Test splits are scored with the settings that --tune found; it looks at STSBenchmark validation and Banking77
-train only. Cells are kept in --runs,
-tables in results/contest-CORPUS-TEXTS.json and .md.
+train only. Cells are kept in --runs, tables in results/contest-CORPUS-TEXTS.json and .md.
 """
 import argparse
 import gzip
