@@ -96,14 +96,15 @@ def shift_first(base, tuned):
 
 
 def halves(ids, pooled):
-    """How often does the first half of a text find its second half among those of 300 texts, by cosine?
-    Quality without labels. ids: N id arrays of 8 tokens or more; pooled(list of id arrays) -> (N,C)."""
+    """N id arrays of 8 tokens or more, pooled(list of id arrays) -> (N,C), (N,C): their halves, each alone"""
+    return pooled([i[:len(i) // 2] for i in ids]), pooled([i[len(i) // 2:] for i in ids])
+
+
+def finds(first, second):
+    """How often is second[n] the nearest of all N to first[n], by cosine? (N,C) twice: quality, no labels"""
     import numpy as np
     from sklearn.preprocessing import normalize
-    ids = ids[:300]
-    first, second = [i[:len(i) // 2] for i in ids], [i[len(i) // 2:] for i in ids]
-    similarity = normalize(pooled(first)) @ normalize(pooled(second)).T
-    return float((similarity.argmax(1) == np.arange(len(ids))).mean())
+    return float(((normalize(first) @ normalize(second).T).argmax(1) == np.arange(len(first))).mean())
 
 
 def sample(tokens, n):
@@ -122,10 +123,11 @@ def aligned(z, embedder, ids):
     return every | {"key": key_alignment(z, embedder.words, ids)}
 
 
-def measure(z, embedder, ids):
-    """Alignment and quality on N texts with logits z (N,V): `key` and `halves` are the coordinates of the
-    picture, for which results/contest.py calls this during training."""
-    return aligned(z, embedder, ids) | {"halves": halves(ids, embedder.pooled)}
+def measure(z, W, embedder, ids):
+    """Alignment and quality on N texts of logits z (N,V) and vectors whitened by W (C,C). `key` and `halves
+    whitened` are the coordinates of the picture, for which results/contest.py calls this during training."""
+    one, two = halves(ids, embedder.pooled)
+    return aligned(z, embedder, ids) | {"halves": finds(one, two), "halves whitened": finds(one @ W, two @ W)}
 
 
 # --------------------------------------------------------------------------------------------------- WordNet
@@ -177,23 +179,22 @@ def draw(path, facts, curves):
     import matplotlib.pyplot as plt
     fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
     for (name, points), colour in zip(curves.items(), ("tab:blue", "tab:orange")):
-        x, y = zip(*[(100 * p["key"], 100 * p["halves"]) for p in points])
+        x, y = zip(*[(100 * p["key"], 100 * p["halves whitened"]) for p in points])
         left.plot(x, y, "o-", ms=4, color=colour, label=f"{name}: one dot every {points[1]['texts']:,} texts")
         left.annotate("start", (x[0], y[0]), textcoords="offset points", xytext=(6, -10), fontsize=8)
-    x, y = ([100 * facts[w][m] for w in before_after] for m in ("key", "halves"))
+    x, y = ([100 * facts[w][m] for w in before_after] for m in ("key", "halves whitened"))
     arrow = {"arrowstyle": "->", "color": "tab:green", "lw": 1.5}
     left.annotate("", (x[1], y[1]), (x[0], y[0]), arrowprops=arrow)
     left.plot(x[0], y[0], "o", color="tab:green")
     left.plot(x[1], y[1], "*", ms=14, color="tab:green", label=f"{facts['checkpoint']}, from its backbone")
     left.set(xlabel="key words of a text that its vector lights up (%)",
-             ylabel="texts whose first half finds its second among 300 (%)",
+             ylabel=f"texts whose first half finds its second among {facts['texts']:,} (%)",
              title="Embedding quality and vocabulary alignment, together")
     left.legend(fontsize=8)
     for w, colour in zip((*before_after, "whitened"), ("tab:gray", "tab:green", "tab:olive")):
-        if w in facts:
-            right.loglog(range(1, len(facts[w]["spectrum"]) + 1), facts[w]["spectrum"], color=colour,
-                         label=f"{w}: {facts[w]['effective rank']:.0f} directions in use, first has "
-                               f"{100 * facts[w]['spectrum'][0]:.0f} %")
+        right.loglog(range(1, len(facts[w]["spectrum"]) + 1), facts[w]["spectrum"], color=colour,
+                     label=f"{w}: {facts[w]['effective rank']:.0f} directions in use, first has "
+                           f"{100 * facts[w]['spectrum'][0]:.0f} %")
     right.set(xlabel="principal direction", ylabel="share of the energy", title="Spectrum of the embeddings")
     right.legend(fontsize=8)
     fig.savefig(path.with_suffix(".new.png"), dpi=130)
@@ -217,24 +218,24 @@ def analyze(ckpt, texts=(), corpus=None):
         for name, row in zip(before_after, (old, new)):
             print(f"    {name:8s}" + "  ".join(f"{token} {p:.3f}" for token, p in row))
 
-    ids = sample(t2t.corpus_tokens(corpus or config.corpus, tok, config.max_length, after.words), SAMPLE)
+    many = sample(t2t.corpus_tokens(corpus or config.corpus, tok, config.max_length, after.words), 2048)
+    ids = many[:SAMPLE]                                        # measured; all are for whitening
     if len(ids) < 2:
         raise Error("--corpus: expected texts of 8 tokens or more, "
                     f"got {len(ids)} in {corpus or config.corpus}")
     facts = {"checkpoint": Path(ckpt).resolve().name, "texts": len(ids),
-             "corpus": Path(corpus or config.corpus).name}
+             "texts of the whitening": len(many), "corpus": Path(corpus or config.corpus).name}
     h, z = {}, {}
     for name, e in zip(before_after, (before, after)):
         h[name] = e.pooled(ids)
         z[name] = e.logits(h[name])
-        facts[name] = measure(z[name], e, ids) | spread(h[name])
-    if after.W is not None:
-        whitened = lambda x: after.pooled(x) @ after.W
-        facts["whitened"] = {"halves": halves(ids, whitened)} | spread(h["after"] @ after.W)
+        W = t2t.whiten(e.pooled(many), 1.0) if e.W is None else e.W
+        facts[name] = measure(z[name], W, e, ids) | spread(h[name])
+    facts["whitened"] = spread(h["after"] @ W)
     moved, facts["shift"] = shift_first(h["before"], h["after"])
     facts["before, first PC moved"] = aligned(before.logits(moved), before, ids)
-    rows = [*before_after, *(["whitened"] if "whitened" in facts else []), "before, first PC moved"]
-    columns = ["hit@10", "local", "global", "key", "halves", "effective rank"]
+    rows = [*before_after, "whitened", "before, first PC moved"]
+    columns = ["hit@10", "local", "global", "key", "halves", "halves whitened", "effective rank"]
     print(f"\n{len(ids):,} texts of {facts['corpus']}\n{'':28s}"
           + "".join(f"{c:>16s}" for c in [*columns, "first PC"]))
     for row in rows:

@@ -103,14 +103,19 @@ def curves(a, points=8):
         model, tok = t2t.load_backbone(a.backbone, t2t.Config.attention)
         t2t.first_last(model, name == "data")
         before = t2t.Embedder(model, tok, t2t.Config.pooling, a.max_length)
-        ids = analyze.sample(t2t.corpus_tokens(a.corpus, tok, a.max_length, before.words), 300)
+        many = analyze.sample(t2t.corpus_tokens(a.corpus, tok, a.max_length, before.words), 2048)
+        ids = many[:analyze.SAMPLE]
         B, line = CELLS[name][0]["batch_size"], found.setdefault(name, [])
 
         def watch(step, embedder):
             if step % max(1, a.texts // B // points) == 0:
-                sts = validation(lambda texts: embedder.pooled(embedder.ids(texts)), a.data_dir, bank=False)
-                z = embedder.logits(embedder.pooled(ids))
-                line.append({"texts": step * B} | analyze.measure(z, embedder, ids) | sts)
+                read, h = once(lambda texts: embedder.pooled(embedder.ids(texts))), embedder.pooled(many)
+                W = t2t.whiten(h, t2t.Config.whitening)
+                point = analyze.measure(embedder.logits(h[:len(ids)]), W, embedder, ids)
+                for how, reading in ("as it is", read), ("whitened", whitened(read, W)):
+                    for task, x in validation(reading, a.data_dir, bank=False).items():
+                        point[f"{task}, {how}"] = x
+                line.append({"texts": step * B} | point)
                 print(name, line[-1], flush=True)
         watch(0, before)
         shutil.rmtree(place(f"{name} watched", a.seeds[0], a), ignore_errors=True)

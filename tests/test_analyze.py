@@ -56,8 +56,8 @@ def test_halves():
     first."""
     ids = [np.array([7, 1, 7, 1]), np.array([1, 5, 1, 5]), np.array([9, 0, 0, 9])]
     one_hot = lambda rows: np.stack([np.eye(10)[max(r)] for r in rows])
-    assert analyze.halves(ids, one_hot) == 1.0
-    assert analyze.halves(ids, lambda rows: np.ones((len(rows), 3))) == pytest.approx(1 / 3)
+    assert analyze.finds(*analyze.halves(ids, one_hot)) == 1.0
+    assert analyze.finds(*np.ones((2, 3, 5))) == pytest.approx(1 / 3)
 
 
 def test_derived_by_hand(backbone):
@@ -92,7 +92,8 @@ def test_page_and_picture(backbone, texts_file, tmp_path):
     assert facts["after"]["local"] > facts["before"]["local"]             # it learned what it was trained for
     for row in ("before", "after"):
         assert sum(facts[row]["spectrum"]) == pytest.approx(1)
-        assert all(0 <= facts[row][m] <= 1 for m in ("hit@10", "local", "global", "key", "halves"))
+        shares = ("hit@10", "local", "global", "key", "halves", "halves whitened")
+        assert all(0 <= facts[row][m] <= 1 for m in shares)
         assert 1 <= facts[row]["effective rank"] <= 32
     assert facts["whitened"]["effective rank"] > facts["after"]["effective rank"]
     picture = (out / "analysis.png").read_bytes()
@@ -101,9 +102,10 @@ def test_page_and_picture(backbone, texts_file, tmp_path):
 
 
 def test_trajectory_is_drawn(tmp_path):
-    point = lambda x: {"texts": int(1000 * x), "key": x, "halves": x}
-    side = {"spectrum": [0.5, 0.5], "effective rank": 2.0, "key": 0.1, "halves": 0.2}
-    analyze.draw(tmp_path / "a.png", {"checkpoint": "c", "before": side, "after": side},
+    point = lambda x: {"texts": int(1000 * x), "key": x, "halves whitened": x}
+    side = {"spectrum": [0.5, 0.5], "effective rank": 2.0, "key": 0.1, "halves whitened": 0.2}
+    facts = {"checkpoint": "c", "texts": 1000, "before": side, "after": side, "whitened": side}
+    analyze.draw(tmp_path / "a.png", facts,
                  {"ours": [point(0), point(0.5)], "simcse": [point(0), point(0.1)]})
     assert (tmp_path / "a.png").stat().st_size > 20_000
 
