@@ -17,6 +17,7 @@ def load_backbone(name, attention, dtype=torch.float32, option="--backbone"):
     """folder or hub id -> (causal language model, tokenizer), proved to have the attention asked for."""
     model, tok = read_model(resolve(name), attention == "causal", dtype, option)
     prove_attention(model.eval(), attention, option)
+    prove_head(model, option)
     return model, tok
 
 
@@ -68,6 +69,18 @@ def prove_attention(model, attention, option="--backbone"):
                         "does not honour is_causal = False: pass --attention causal")
 
 
+@torch.no_grad()
+def prove_head(model, option="--backbone"):
+    """Are our logits those of the model? Architectures scale, shift and cap them in ways of their own."""
+    ids = torch.tensor([[5, 6, 7, 8]], device=model.device)
+    own = model(input_ids=ids, use_cache=False).logits.float()
+    ours = head(model)(model.base_model(input_ids=ids, use_cache=False).last_hidden_state).float()
+    off = (own - ours).abs().max() / own.abs().max().clamp_min(1e-30)
+    if not off < (1e-3 if own.dtype == model.dtype else 5e-2):         # also NaN
+        raise Error(f"{option}: expected logits that are a linear map of the last states, scaled and capped "
+                    f"as in Llama, Cohere, Granite or Gemma; those of {model.config.model_type} are not")
+
+
 def states(model, ids, mask):
     """ids (B,T), mask (B,T) -> (B,T,C): what the model hands to its head; after first_last, half that and
     half the embedding."""
@@ -116,7 +129,7 @@ def cap(z, scale, softcap):
 
 
 def head(model):
-    """The Head of a causal language model: head(model)(states) is what model(...).logits holds."""
+    """The Head of a causal language model: of its last states, what model(...).logits holds (prove_head)."""
     c, out = model.config, model.get_output_embeddings()
     scale = getattr(c, "logit_scale", None) or 1 / (getattr(c, "logits_scaling", None) or 1)
     softcap = getattr(c, "final_logit_softcapping", None)

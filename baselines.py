@@ -16,7 +16,8 @@ def simcse(read, batch, model, share, tau):
         L = -mean_b log softmax_b'(cos(h_b, h'_b') / tau)[b]      h, h': two readings under different dropout
 
     Every text is told from all others of its batch, so the graph of the whole batch is held at once."""
-    attention = [m for m in model.modules() if hasattr(m, "attention_dropout")]
+    attention = [m for m in model.modules()
+                 if isinstance(getattr(m, "attention_dropout", None), (int, float))]
     if not attention:
         raise Error("--method simcse: expected a model with attention dropout, got "
                     f"{model.config.model_type}")

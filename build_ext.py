@@ -78,8 +78,13 @@ def load(build):
     folder = cached("csrc", folder_name(), write)
     if "t2t_ext" not in sys.modules:
         spec = importlib.util.spec_from_file_location("t2t_ext", folder / "t2t_ext.so")
-        sys.modules["t2t_ext"] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules["t2t_ext"])
+        try:
+            ext = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(ext)
+        except (ImportError, OSError) as e:                    # a cache that may not execute; a damaged file
+            raise Error(f"csrc/: expected a library that loads in {folder}: {e}; remove it, or set T2T_CACHE "
+                        "to another folder") from None
+        sys.modules["t2t_ext"] = ext
     return sys.modules["t2t_ext"]
 
 

@@ -34,6 +34,8 @@ def start_folder(out, resuming):
         aside.rename(out)
     if out.exists() and not out.is_dir():
         raise Error(f"--out: expected a folder, but {out} is a file: pass another --out")
+    if os.path.ismount(out):                                      # the finished one could not take its place
+        raise Error(f"--out: expected a folder that can be renamed, but {out} is a mount: pass one inside it")
     inside = {f.name for f in out.iterdir()} if out.exists() else set()
     other = sorted(inside - {"state", "log.jsonl"})
     if "t2t.json" in inside:
@@ -219,7 +221,8 @@ def ours(config, embedder):
             "mean of states scaled for the head": embedder.scale != 1,
             "loss at single tokens": targets and config.token_loss > 0, "frozen head": trained,
             "every hyper-parameter": trained, "whitening": embedder.W is not None,
-            "sparse vectors: SPLADE's maximum, standardised": True}
+            "sparse vectors: SPLADE's maximum": True,
+            "sparse vectors: standardised": embedder.usual is not None}
     return [name for name, yes in used.items() if yes]
 
 

@@ -31,7 +31,11 @@ def checked(config):
         if choices and value not in choices:
             raise Error(f"{flag(f.name)}: expected one of {', '.join(choices)}, got {value}")
         if f.name in least and not least[f.name] <= value < math.inf:
-            raise Error(f"{flag(f.name)}: expected {least[f.name]} or more, got {value}")
+            raise Error(f"{flag(f.name)}: expected a finite number, {least[f.name]} or more, got {value}")
+    if config.seed > 10**12:                                           # torch takes 64 bits; steps count too
+        raise Error(f"--seed: expected at most 10^12, got {config.seed}")
+    if config.method == "none" and config.init:
+        raise Error(f"--init: expected a method that trains, got --method none: {config.init} is finished")
     if config.method == "both" and config.top_k < 2:
         raise Error(f"--top-k: expected 2 or more for both kinds of target, got {config.top_k}")
     if config.method == "simcse" and config.batch_size < 2:

@@ -66,8 +66,8 @@ def texts(source, counts=None):
     seen = set()                                     # a digest a text, not the text
     for text in read(source):
         counts.read += 1
-        text = " ".join(text.split())
-        digest = hashlib.blake2b(text.casefold().encode("utf-8", "replace"), digest_size=8).digest()
+        text = " ".join(text.encode("utf-8", "replace").decode().split())      # half a character: JSON may
+        digest = hashlib.blake2b(text.casefold().encode(), digest_size=8).digest()
         if not text:
             counts.empty += 1
         elif digest in seen:
@@ -164,12 +164,14 @@ def parquet(path):
 
 def hub(name, column="text"):
     import datasets
-    try:
-        data = datasets.load_dataset(name, split="train", streaming=True)
-    except Exception as e:                           # offline, unknown, gated: datasets has many types for it
-        raise Error(f"--corpus: expected a data set on the hub, but {name} can not be read here "
-                    f"({str(e).splitlines()[0]}): check the name and the network, or pass a file") from None
-    for row in data:
+    def rows():
+        try:
+            yield from datasets.load_dataset(name, split="train", streaming=True)
+        except Exception as e:                       # offline, unknown, gated: datasets has many types for it
+            why = (str(e).strip() or type(e).__name__).splitlines()[0]
+            raise Error(f"--corpus: expected a data set on the hub, but {name} can not be read here "
+                        f"({why}): check the name and the network, or pass a file") from None
+    for row in rows():
         if not isinstance(row.get(column), str):
             raise Error(f"--corpus: expected text in a column called {column} of {name}, "
                         f"found {', '.join(row)}: pass hub:{name}:COLUMN")
@@ -271,7 +273,7 @@ def read_tokens(source, tok, max_length, V, find_words, vocabulary):
                 text, word = find_words(flat, n)
                 df += np.bincount(np.unique(text * V + word) % V, minlength=V)
                 lengths.append(n)
-                digest.update("\n".join(block).encode("utf-8", "replace"))
+                digest.update("\n".join(block).encode())
                 bar.update(len(block))
         print(f"corpus {source}: {counts}")
         if not lengths:

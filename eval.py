@@ -153,6 +153,13 @@ def offline(data_dir):
         if not Path(data_dir).is_dir():
             raise Error(f"expected a folder for --data-dir, got {data_dir}; check the path")
 
+def folder_for(out):
+    """Make --out."""
+    try:
+        Path(out).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Error(f"expected a folder for --out, got {out} ({brief(error)}); pick another") from None
+
 def check_results(out, tasks):
     """Refuse to mix with scores of another mteb or other data; drop a file that a crash cut short."""
     expected = {task.metadata.name: task.metadata.revision for task in tasks}
@@ -191,10 +198,7 @@ def evaluate(paths, tasks=None, data_dir=None, out="results/mteb", batch_size=32
     """Score checkpoints on tasks (names; None: all of the benchmark); the table, also written to `out`."""
     offline(data_dir)
     start, folders = time.time(), {path: find(path) for path in paths}
-    try:
-        Path(out).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise Error(f"expected a folder for --out, got {out} ({brief(error)}); pick another") from None
+    folder_for(out)
     import mteb
     import torch
     tasks = [localize(task, data_dir) if data_dir else task for task in pick(tasks)]
@@ -273,8 +277,9 @@ def main(argv=None):
         options = vars(args) | {"command": shlex.join(["python", "eval.py", *(argv or sys.argv[1:])])}
         if options.pop("sparse"):
             import retrieval
-            print(retrieval.evaluate(**options), end="")
-            return 0
+            page, missing = retrieval.evaluate(**options)
+            print(page, end="")
+            return 3 if missing else 0
         table = evaluate(**options)
     except Error as error:
         parser.error(error)

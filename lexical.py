@@ -47,7 +47,7 @@ def measure_usual(self, ids):
 def sparse(self, texts, k=None, floor=None):
     """list of N str -> (N,V): the k (top_k) tokens that a text lights up unusually, the others 0:
 
-        s(v) = log(1 + max(0, (max_t z_t(v) - mean(v)) / deviation(v) - floor))
+        y(v) = log(1 + max(0, (max_t z_t(v) - mean(v)) / deviation(v) - floor))
         z_t(v) = head(x_t)[v] less its mean over all v;    mean, deviation, floor: see measure_usual
 
     The vectors of SparseEncoder(folder/sparse); a soft cap of the head does not count. OURS: maximum over
@@ -62,10 +62,10 @@ def sparse(self, texts, k=None, floor=None):
 def explain(self, a, b, k=None):
     """Why are two texts alike? -> score, [(word, its part of the score)], largest first. They add up:
 
-        cos(s_a, s_b) = sum_v s_a(v) s_b(v) / (|s_a| |s_b|)
+        cos(y_a, y_b) = sum_v y_a(v) y_b(v) / (|y_a| |y_b|)
 
     Of sparse vectors with half the floor: what a text lights up a little hinders a search, helps a reader."""
-    s = F.normalize(self.sparse([a, b], k, self.floor / 2), dim=1)
-    parts = torch.zeros(s.shape[1]).index_add_(0, self.variants, s[0] * s[1])      # of a word, as one
+    y = F.normalize(self.sparse([a, b], k, self.floor / 2), dim=1)
+    parts = torch.zeros(y.shape[1]).index_add_(0, self.variants, y[0] * y[1])      # of a word, as one
     order = parts.argsort(descending=True)[:int((parts > 0).sum())].tolist()
     return parts.sum().item(), [(self.words.text[v], parts[v].item()) for v in order]

@@ -106,7 +106,8 @@ class Fusion:
 
 
 def compare(path, tasks, batch_size, device):
-    """Scores x 100 of dense, sparse, BM25 and their fusions on loaded mteb tasks -> {row: {column: value}}"""
+    """Scores x 100 of dense, sparse, BM25 and their fusions on mteb tasks -> {row: {column: value}}, and
+    {task: why it has no scores}"""
     import mteb
     from mteb.models import SearchEncoderWrapper, SentenceTransformerEncoderWrapper, SparseEncoderWrapper
     from sentence_transformers import SparseEncoder
@@ -115,10 +116,11 @@ def compare(path, tasks, batch_size, device):
     folder = Path(path, "sparse")
     if not (folder / "modules.json").is_file():
         raise evaluation.Error(f"expected CKPT/sparse for --sparse, got none in {path}; train it with t2t.py")
+    dense = evaluation.load(path, device)              # it looks whether the device is there
     sparse_encoder = SparseEncoder(str(folder), device=None if device == "auto" else device)
-    encoders = {"dense": SentenceTransformerEncoderWrapper(evaluation.load(path, device)),
+    encoders = {"dense": SentenceTransformerEncoderWrapper(dense),
                 "sparse": SparseEncoderWrapper(sparse_encoder)}
-    table, options = {}, {"batch_size": batch_size, "show_progress_bar": False}
+    table, missing, options = {}, {}, {"batch_size": batch_size, "show_progress_bar": False}
 
     def score(name, model, task):
         got = mteb.evaluate(model, [task], cache=None, encode_kwargs=options, co2_tracker=False,
@@ -128,7 +130,12 @@ def compare(path, tasks, batch_size, device):
         print(f"{task.metadata.name}, {name}: {row[task.metadata.name]:.2f}", file=sys.stderr, flush=True)
 
     for task in tasks:
-        task.load_data()
+        try:
+            task.load_data()
+        except Exception as error:                     # a loader raises what it likes; other tasks go on
+            missing[task.metadata.name] = evaluation.brief(error)
+            print(f"{task.metadata.name}: data not loaded: {evaluation.brief(error)}", file=sys.stderr)
+            continue
         if task.metadata.type != "Retrieval":
             for name, encoder in encoders.items():
                 score(name, encoder, task)
@@ -145,13 +152,13 @@ def compare(path, tasks, batch_size, device):
         for names in (*map(list, combinations(ranked, 2)), list(ranked)):
             score(" + ".join(names), Fusion("-".join(names), [ranked[n] for n in names]), task)
         task.unload_data()
-    return table
+    return table, missing
 
 
 def render(table, tasks):
     """Markdown; costs are of the first retrieval task."""
     costs = ["non-zeros a document", "index MB", "ms to encode a query", "ms to search"]
-    first = next((t for t in tasks if t in table["dense"].get("cost", {})), None)
+    first = next((t for t in tasks if t in table.get("dense", {}).get("cost", {})), None)
     columns = [*tasks, *costs * bool(first)]
     lines = ["| | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
     for name, row in table.items():
@@ -163,25 +170,31 @@ def render(table, tasks):
 
 
 def evaluate(paths, tasks=None, data_dir=None, out="results/mteb", batch_size=32, device="auto", command=""):
-    """The table of each checkpoint; also written to OUT/sparse-NAME.json and .md."""
+    """The table of each checkpoint, and which tasks have no scores; tables also go to OUT/sparse-NAME.json
+    and .md, NAME the folder's (with the folders above it, if two are called alike)."""
     import eval as evaluation
     evaluation.offline(data_dir)
     from importlib.metadata import version
 
     import torch
-    pages = []
-    Path(out).mkdir(parents=True, exist_ok=True)
-    for path in paths:
+    pages, all_missing = [], {}
+    evaluation.folder_for(out)
+    names = [Path(path).resolve().name for path in paths]
+    for path, name in zip(paths, names):
         evaluation.find(path)
+        name = "-".join(Path(path).resolve().parts[1:]) if names.count(name) > 1 else name
         chosen = evaluation.pick(tasks or TASKS)
         chosen = [evaluation.localize(t, data_dir) if data_dir else t for t in chosen]
-        t0, name = time.time(), Path(path).resolve().name
-        table = compare(path, chosen, batch_size, device)
+        t0 = time.time()
+        table, missing = compare(path, chosen, batch_size, device)
+        all_missing |= missing
         date = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
-        facts = {"command": command, "date": date, "rows": table,
+        facts = {"command": command, "date": date, "rows": table, "missing": missing,
                  "seconds": round(time.time() - t0, 1), "threads": torch.get_num_threads(),
                  "versions": {p: version(p) for p in ("mteb", "torch", "sentence-transformers", "bm25s")}}
-        pages.append(f"{name}, scores x 100\n\n{render(table, [t.metadata.name for t in chosen])}")
+        found = [t.metadata.name for t in chosen if t.metadata.name not in missing]
+        pages.append(f"{name}, scores x 100\n\n{render(table, found)}"
+                     + "".join(f"- not scored: {task}: {why}\n" for task, why in missing.items()))
         write_whole(Path(out, f"sparse-{name}.json"), json.dumps(facts, indent=1) + "\n")
         write_whole(Path(out, f"sparse-{name}.md"), pages[-1])
-    return "".join(pages)
+    return "".join(pages), all_missing

@@ -8,9 +8,12 @@ A language model turns a text into states, and its head turns states into tokens
 into one vector h and send *that* through the head: an untrained model lights up `, . the and`, a good one the
 tokens that the text is about. Text2Token makes the second out of the first:
 
-    h = pool(f(x))                          f: the backbone without its head
-    z = head(s h)                           the backbone's own head, frozen, and s = 4: see predict_targets
+    x = f(ids)                              f: the backbone without its head, x_t a state a token
+    h = pool(x)                             their mean
+    z = head(s h)                           the backbone's own head, frozen; s = 4: see predict_targets
     L = mean_b KL(q_b || softmax(z_b))      q_b: the few tokens, weighted, that text b should light up
+
+and, of the same kind, a loss at single tokens, x_t in place of h: see single_tokens.
 
     B texts   T tokens   C hidden width   V vocabulary   K sparse targets a text   (N: all rows, or all texts)
 
@@ -22,6 +25,7 @@ import dataclasses
 import functools
 import json
 import math
+import shlex
 import signal
 import sys
 import time
@@ -51,12 +55,12 @@ class Config:
     attention: str = setting("bidirectional", "what a token may look at", ["bidirectional", "causal"])
     top_k: int = setting(64, "K, target tokens a text")
     temperature: float = setting(1.0, "of the targets: lower is sharper (simcse: cosines, in units of 0.05)")
-    dropout: float = setting(-1.0, "of input tokens (simcse: of attention; mntp: masked; -1: as in DROPOUT)")
+    dropout: float = setting(-1.0, "of input tokens (-1: 0.2; simcse: of attention, 0.3; mntp: masked, 0.2)")
     max_length: int = setting(128, "tokens of a text that the model sees")
     batch_size: int = setting(64, "texts a step")
     micro_batch: int = setting(32, "texts on the device at a time, the same gradient (0: the whole batch)")
     steps: int = setting(220, "optimiser steps")
-    lr: float = setting(0.0, "peak learning rate (0: as in RATE; 2e-4 for adapters)")
+    lr: float = setting(0.0, "peak learning rate (0: 4e-3; adapters 2e-4, simcse 3e-5, mntp 3e-4)")
     whitening: float = setting(1.0, "how flat to make the spectrum of the embeddings: 0 not, 1 wholly")
     token_loss: float = setting(16.0, "weight of the loss at single tokens (0: none)")
     scale: float = setting(4.0, "s, of a mean of states in front of the head (last, simcse, mntp: 1)")
@@ -134,8 +138,9 @@ def read_vocabulary(tok, V):
         best = min(ids, key=lambda v: (not spaced[v], text[v] != word, v))
         if not glued[best]:
             canon[ids] = best
-    how = getattr(tok, "backend_tokenizer", None)
-    return Words(canon, glued, opened, text, key(code(__file__), raw, how and how.to_str()))
+    how = getattr(tok, "backend_tokenizer", None)                     # less what its last call left behind:
+    how = how and json.loads(how.to_str()) | {"truncation": None, "padding": None}
+    return Words(canon, glued, opened, text, key(code(__file__), raw, how))
 
 
 def find_words(words, flat, lengths):
@@ -181,6 +186,8 @@ def targets_of(config, tokens, words, model, tok, custom=None):
 
     def q(rows):
         i, p = (np.concatenate(x, 1) for x in zip(*(part(rows) for part in parts)))
+        if i.shape[1] > K:
+            raise Error(f"targets: expected at most top_k = {K} tokens a text, got {i.shape[1]}")
         p = p / np.maximum(p.sum(1, keepdims=True), 1e-30)
         return [x.numpy() for x in merge(torch.from_numpy(i), torch.from_numpy(p))]
     return q
@@ -227,7 +234,7 @@ PROMPT = ('This text: "', '" means in one word: "')                        # OUR
 def model_targets(config, tokens, words, model, tok, K, sample=2048):
     """-> function(list of n id arrays) -> indices (n,K), probs (n,K): what the frozen causal backbone sees.
 
-        s_b(v) = log p(v | b) - mean_b' log p(v | b'),      q_b = softmax of the K largest s_b / temperature
+        r_b(v) = log p(v | b) - mean_b' log p(v | b'),      q_b = softmax of the K largest r_b / temperature
 
     over canonical words v, each as its best variant. log p(v | b) is, for a large model, the next token after
     a one-word prompt; for a small one, which can not follow a prompt, the mean over positions of
@@ -250,14 +257,14 @@ def model_targets(config, tokens, words, model, tok, K, sample=2048):
     expected = sum(log_p(tokens.text(n)).double() for n in tqdm(some, "corpus mean")) / max(1, len(some))
 
     def rows_of(rows):
-        s = torch.stack([log_p(row) if len(row) else expected.float() - torch.inf for row in rows])
-        s -= expected.float()                                              # (n,V)
-        s.masked_fill_(canon < 0, -torch.inf)
-        to = canon.clamp_min(0).expand_as(s)                           # a word scores as its best variant
-        s = torch.full_like(s, -torch.inf).scatter_reduce_(1, to, s, "amax")
-        s, i = s.topk(K, 1)
-        q = F.softmax(s / config.temperature, 1).masked_fill(s == -torch.inf, 0)
-        return i.int().masked_fill(s == -torch.inf, -1).cpu().numpy(), q.cpu().numpy()
+        r = torch.stack([log_p(row) if len(row) else expected.float() - torch.inf for row in rows])
+        r -= expected.float()                                              # (n,V)
+        r.masked_fill_(canon < 0, -torch.inf)
+        to = canon.clamp_min(0).expand_as(r)                           # a word scores as its best variant
+        r = torch.full_like(r, -torch.inf).scatter_reduce_(1, to, r, "amax")
+        r, i = r.topk(K, 1)
+        p = F.softmax(r / config.temperature, 1).masked_fill(r == -torch.inf, 0)
+        return i.int().masked_fill(r == -torch.inf, -1).cpu().numpy(), p.cpu().numpy()
     return rows_of
 
 
@@ -266,8 +273,9 @@ def model_targets(config, tokens, words, model, tok, K, sample=2048):
 # states(model, ids, mask) is what the model hands to its head, head(model)(x) are its logits (B,T,V).
 #
 # OURS: for token targets x becomes, by backbone.first_last, half that and half the token's embedding e:
-# x = (last + c e) / 2, c (config.first) for halves of one length: what a token is, and what the text makes of
-# it. Where head and embedding are one table, c e already speaks to the head; where they are two, not done.
+# x = (last + c e) / 2, c (model.config.first) for halves of one length: what a token is, and what the text
+# makes of it. Where head and embedding are one table, c e already speaks to the head; where they are two, no
+# such sum unless asked for (--pooling first-last).
 
 def pool(x, mask, how):
     """x (B,T,C), mask (B,T) -> (B,C), whichever side the padding is on."""
@@ -370,16 +378,16 @@ def whiten(h, power, ridge=0.01):
 
         S = mean_n u_n u_n',  u = h / |h|, in units of its mean eigenvalue,       W = (S + ridge I)^(-power/2)
 
-    power 1: all directions alike; 0: W = I. Of fewer than 4 C texts less is believed: a larger ridge.
+    power 1: all directions nearly alike; 0: W = I. Fewer than 4 C texts are believed less: a larger ridge.
 
     OURS: predicting words leaves a few large directions, shared by all texts (the first is nearly the mean of
     all), which drown in a cosine what tells texts apart. Whitening as in arXiv 2103.15316, not centred."""
     u = F.normalize(torch.from_numpy(h).double(), dim=1)
     N, C = h.shape
     ridge *= max(1, 4 * C / N) ** 2
-    s, E = torch.linalg.eigh(u.T @ u / N)
-    s = s.clamp_min(0) / s.mean() + ridge
-    return (E * s ** (-power / 2) @ E.T).float().numpy()
+    eigenvalues, E = torch.linalg.eigh(u.T @ u / N)
+    eigenvalues = eigenvalues.clamp_min(0) / eigenvalues.mean() + ridge
+    return (E * eigenvalues ** (-power / 2) @ E.T).float().numpy()
 
 
 # ---------------------------------------------------------------------------------------------------- 4. loss
@@ -417,8 +425,8 @@ def linear_vocab_kl(hidden, weight, indices, probs, bias=None, reduction="mean",
                     scale=1.0, softcap=None, chunk=1024):
     """vocab_kl(head(hidden), indices, probs) that never holds more than `chunk` rows of the logits.
 
-    hidden (N,C), weight (V,C), bias (V,), scale and softcap as in Head. Here backward computes the logits
-    again; compiled, the gradient is made with the loss."""
+    hidden (N,C), weight (V,C), bias (V,), scale and softcap as in Head (not s: that is in hidden). Here
+    backward computes the logits again; compiled, the gradient is made with the loss."""
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError("linear_vocab_kl: hidden and weight: expected (N,C) and (V,C), got "
                          f"{tuple(hidden.shape)} and {tuple(weight.shape)}")
@@ -512,9 +520,9 @@ def leave_out(ids, share, special):
 def train(config, targets=None, on_step=None):
     """Train, write the checkpoint to config.out, return its path (None with show_targets). For experiments:
 
-    targets: function(list of n id arrays) -> indices (n,K), probs (n,K), in place of the method's own
+    targets: function(list of n id arrays) -> indices (n,k), probs (n,k), k <= top_k, instead of the method's
     on_step: function(step, embedder), called after every step"""
-    t0, out = time.time(), Path(checked(config).out)
+    t0, out = time.time(), Path(checked(config).out).resolve()
     if not config.show_targets:
         disk.start_folder(out, config.resume)
     if config.device == "cuda" and not torch.cuda.is_available():
@@ -527,6 +535,9 @@ def train(config, targets=None, on_step=None):
     # ---- text and targets, by the backbone as it was pretrained
     model, tok = load_backbone(config.backbone, "causal", torch.bfloat16 if bf16 else torch.float32)
     V = len(head(model.to(device)).weight)
+    if config.max_length > (most := getattr(model.config, "max_position_embeddings", None) or math.inf):
+        raise Error(f"--max-length: expected at most {most}, the positions of {config.backbone}, "
+                    f"got {config.max_length}")
     words = read_vocabulary(tok, V)
     targeted = config.method in ("data", "model", "both")
     if config.method != "none":
@@ -591,7 +602,8 @@ def train(config, targets=None, on_step=None):
         while at["step"] < config.steps and not interrupted:
             # ------------------------------------------------------------------------------ BEGIN: one step
             torch.manual_seed(config.seed * 1_000_003 + at["step"])    # so that there is no state to keep
-            texts, loss = batch_of(at["step"], config.seed, lengths, B, 1 if contrast else RUN), 0.0
+            texts = batch_of(at["step"], config.seed, lengths, B, 1 if contrast else RUN)
+            loss = objective = 0.0                                     # to show, to descend
             seen = [leave_out(tokens.text(n), absent, special) for n in texts]         # B x (T,) ids
             batch = [pad(part, tok.pad_token_id, device) for part in blocks(seen, config.micro_batch or B)]
             if contrast:
@@ -604,11 +616,11 @@ def train(config, targets=None, on_step=None):
                                         config.token_loss, tables)
             while part := in_precision(next)(parts, None):             # forward under autocast, backward not
                 part[1].backward()
-                loss += part[0].item()
+                loss, objective = loss + part[0].item(), objective + part[1].item()
             at["cells"] += sum(ids.numel() for ids, _ in batch)
             at["read"] += sum(int(mask.sum()) for _, mask in batch)
             norm = torch.nn.utils.clip_grad_norm_(params, 1.0).item()
-            if not math.isfinite(loss + norm):
+            if not math.isfinite(objective + norm):
                 raise Error(f"step {at['step']}: loss {loss}, gradient norm {norm}: "
                             f"start again with a lower --lr (now {peak:g}), or --dtype float32")
             for group in optimizer.param_groups:
@@ -619,8 +631,9 @@ def train(config, targets=None, on_step=None):
             # -------------------------------------------------------------------------------- END: one step
             at["seconds"] = begun["seconds"] + time.time() - t1
             speed = (at["step"] - begun["step"]) * B / (time.time() - t1)
-            log.write(json.dumps({"step": at["step"], "loss": loss, "constant": constant, "lr": group["lr"],
-                                  "grad_norm": norm, "texts_per_s": round(speed, 1)}) + "\n")
+            log.write(json.dumps({"step": at["step"], "loss": loss, "objective": objective,
+                                  "constant": constant, "lr": group["lr"], "grad_norm": norm,
+                                  "texts_per_s": round(speed, 1)}) + "\n")
             log.flush()
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
             bar.update(B)
@@ -632,7 +645,7 @@ def train(config, targets=None, on_step=None):
         raise KeyboardInterrupt(f"stopped after step {at['step']}: add --resume to the same command to go on")
 
     # ---- what the finished embedder knows of its corpus
-    some = order_of_texts(config.seed, 0, len(lengths))[:min(4 * H.weight.shape[1], 4096)]
+    some = order_of_texts(config.seed, 0, len(lengths))[:4 * H.weight.shape[1]]               # 4 C
     some = [tokens.text(n) for n in some]
     if config.whitening:
         embedder.W = whiten(in_precision(embedder.pooled)(some, config.micro_batch or B), config.whitening)
@@ -652,18 +665,18 @@ EXAMPLES = ["A dog runs after a ball in the park.", "The bank raised its interes
 
 def finish(config, embedder, before, t0, loss=None, **facts):
     """Write the checkpoint, and show what was learned: the tokens that a text lights up, and those `before`,
-    from the causal backbone's mean of last states."""
+    from the causal backbone's pooled states."""
     from importlib.metadata import version
     embedder.model.cpu()
     after = embedder.tokens(EXAMPLES, 8)
     used = dataclasses.asdict(config)
-    given = [f"{flag(k)} {v}" for k, v in used.items()
+    given = [part for k, v in used.items() for part in (flag(k), str(v))
              if v != Config.__dataclass_fields__[k].default and k != "resume"]
-    facts = {"command": " ".join(["python t2t.py", *given]), "loss": loss, **facts, "config": used,
+    facts = {"command": shlex.join(["python", "t2t.py", *given]), "loss": loss, **facts, "config": used,
              "scale": embedder.scale, "floor": embedder.floor, "seconds": round(time.time() - t0, 1),
              "threads": torch.get_num_threads(),
              "versions": {p: version(p) for p in ("torch", "transformers", "peft", "tokenizers", "numpy")}}
-    disk.save(Path(config.out), embedder, config, facts)
+    disk.save(Path(config.out).resolve(), embedder, config, facts)
     print()
     line = lambda row: "  ".join(token for token, _ in row)
     for text, old, new in zip(EXAMPLES, before, after):

@@ -16,6 +16,7 @@ import argparse
 import gzip
 import json
 import shutil
+import subprocess
 import sys
 import time
 from importlib.metadata import version
@@ -30,6 +31,7 @@ from readings import NAMES as READINGS  # noqa: E402
 from readings import Reading, readings  # noqa: E402
 from scipy.stats import rankdata, spearmanr  # noqa: E402
 from scipy.stats import t as t_distribution  # noqa: E402
+from sklearn.metrics.pairwise import paired_cosine_distances  # noqa: E402
 from sklearn.preprocessing import normalize  # noqa: E402
 
 import analyze  # noqa: E402
@@ -65,10 +67,20 @@ TRIALS = {                                             # of the first stage; the
     "model": [dict(lr=1e-3), dict(lr=2e-3), dict(lr=4e-3)],
 }
 CLAIMS = [("data", x) for x in (
-    "simcse", "mntp, simcse", "simcse, first-last", "mean", "first-last", "both ways", "SIF", "tf-idf",
+    "simcse", "mntp, simcse", "simcse, first-last", *READINGS,
     "model", "both", "data, model", "data, causal", "data, last", "data, mean", "data, no scale",
     "data, no dropout", "data, no single tokens")] + [
-    ("data, mean", x) for x in ("mntp, simcse", "SIF", "tf-idf")]
+    ("data, mean", x) for x in ("mntp, simcse", "both ways", "SIF", "tf-idf")] + [
+    ("both ways", "mntp, simcse")]
+
+
+KEPT = ("command", "loss", "constant", "texts_seen", "seconds", "versions", "corpus_hash")
+
+
+def commit():
+    """Of this code, "-dirty" if it has been changed since; None outside a git checkout."""
+    run = subprocess.run("git describe --always --dirty".split(), cwd=ROOT, capture_output=True, text=True)
+    return run.stdout.strip() or None
 
 
 # ------------------------------------------------------------------------------------------------- one cell
@@ -141,7 +153,9 @@ def once(read):
 
 
 def cosines(read, one, two):
-    return (normalize(read(one)) * normalize(read(two))).sum(1)
+    """As mteb: from the distance of unit vectors, so that two zero vectors are alike and zero and another
+    half alike. (tf-idf gives zeros where a text has stop words alone.)"""
+    return 1 - paired_cosine_distances(read(one), read(two))
 
 
 def score(read, tasks):
@@ -181,8 +195,7 @@ def cell(name, seed, tasks, a, untrained, some):
     else:
         embedder, folder = train(name, CELLS[name], seed, a)
         made = json.loads((folder / "t2t.json").read_text())
-        facts = {k: made[k] for k in ("command", "loss", "constant", "texts_seen", "seconds", "versions",
-                                      "corpus_hash")}
+        facts = {k: made[k] for k in KEPT if k in made} | {"commit": commit()}
         read, W = once(lambda texts: embedder.pooled(embedder.ids(texts))), embedder.W
     arrays = dict(np.load(file)) if file.exists() else {}
     for how, reading in [("as it is", read)] + [("whitened", whitened(read, W))] * (W is not None):
@@ -243,23 +256,44 @@ def tune(a):
 
 
 # ---------------------------------------------------------------------------------------------------- tables
-def bootstrap(one, two, draws=1000):
-    """Paired bootstrap over the pairs of each STS task of mean Spearman(one) - mean Spearman(two), x 100.
+def pairs(tasks):
+    """Loaded STS tasks -> {task: (n,) a number for each pair of texts}: the same pair has one in all tasks,
+    whichever way round."""
+    found, plain = {}, lambda text: " ".join(text.lower().split())
+    return {task.metadata.name: np.array([
+        found.setdefault(tuple(sorted((plain(r["sentence1"]), plain(r["sentence2"])))), len(found))
+        for r in task.dataset["test"]]) for task in tasks}
 
-    one, two: for each seed {task: (2,n) cosines and gold}; means over seeds are compared -> mean, 2.5 % and
-    97.5 %. Ranks are those in the whole task: a draw correlates the ranks of its pairs."""
-    rng, diffs, full = np.random.default_rng(0), np.zeros(draws), 0.0
-    for t in STS:
-        rows = rng.integers(0, one[0][t].shape[1], (draws, one[0][t].shape[1]))
-        for runs, sign in ((one, 1), (two, -1)):
-            for run in runs:
-                x, y = rankdata(run[t], axis=1)
-                X, Y = x[rows], y[rows]                                # (draws,n)
-                X, Y = X - X.mean(1, keepdims=True), Y - Y.mean(1, keepdims=True)
-                r = (X * Y).sum(1) / np.sqrt((X * X).sum(1) * (Y * Y).sum(1))
-                diffs += sign * r / len(runs) / len(STS)
-                full += sign * np.corrcoef(x, y)[0, 1] / len(runs) / len(STS)
-    return [round(100 * float(x), 2) for x in (full, *np.percentile(diffs, [2.5, 97.5]))]
+
+def bootstrap(one, two, pair, draws=1000):
+    """Bootstrap of mean Spearman(one) - mean Spearman(two), x 100, over pairs of texts and over seeds.
+
+    one, two: for each seed {task: (2,n) cosines and gold}; pair: {task: (n,)}, see pairs. A draw takes as
+    many pairs as there are, with replacement, the same for all tasks and both sides, and as many of each
+    side's seeds (the same on both, if both have as many) -> mean, 2.5 % and 97.5 %. Ranks are those in the
+    whole task. A side with one seed says nothing about others."""
+    rng, M = np.random.default_rng(0), 1 + max(p.max() for p in pair.values())
+    times = rng.multinomial(M, np.full(M, 1 / M), draws).astype(float)                     # (draws,M)
+
+    def spearman(run):
+        """-> (draws,), and of all pairs, once each: mean over tasks"""
+        r = 0
+        for t in pair:
+            x, y = rankdata(run[t], axis=1)
+            x, y = x / len(x) - 0.5, y / len(y) - 0.5
+            w = np.vstack([times[:, pair[t]], np.ones(len(x))])                            # (draws + 1,n)
+            w /= w.sum(1, keepdims=True)
+            X, Y = w @ x, w @ y
+            r = r + (w @ (x * y) - X * Y) / np.sqrt((w @ x**2 - X**2) * (w @ y**2 - Y**2)) / len(pair)
+        return r[:-1], r[-1]
+    sides, drawn = [], {}
+    for runs in (one, two):
+        r, full = map(np.array, zip(*map(spearman, runs)))                                 # (S,draws), (S,)
+        S = len(runs)
+        pick = drawn.setdefault(S, rng.integers(0, S, (S, draws)))
+        sides.append((full.mean(), np.take_along_axis(r, pick, 0).mean(0)))
+    (a, x), (b, y) = sides
+    return [round(100 * float(v), 2) for v in (a - b, *np.percentile(x - y, [2.5, 97.5]))]
 
 
 def interval(values):
@@ -272,19 +306,25 @@ def interval(values):
 def report(a):
     """results/contest-CORPUS-TEXTS.json and .md from all that stands in --runs"""
     runs, order = {}, [*READINGS, *CELLS]
+    tasks = [evaluation.localize(t, a.data_dir) for t in evaluation.pick(STS)]
+    for task in tasks:
+        task.load_data()
+    pair = pairs(tasks)
     for file in sorted(Path(a.runs).glob("*.npz")):
         arrays = dict(np.load(file))
         runs.setdefault((facts := json.loads(str(arrays.pop("facts"))))["name"], []).append((facts, arrays))
     table = {}
     for name in sorted(set(runs) & set(order), key=order.index):
         row = table[name] = {"settings": CELLS.get(name, "a reading of the backbone"),
-                             "seeds": sorted(f["seed"] for f, _ in runs[name] if name in CELLS)}
+                             "seeds": sorted(f["seed"] for f, _ in runs[name] if name in CELLS),
+                             "runs": [{k: f[k] for k in ("seed", "scores", *KEPT, "commit") if k in f}
+                                      for f, _ in runs[name]]}
         for how in ("as it is", "whitened"):
             scores = [f["scores"][how] for f, _ in runs[name] if how in f["scores"]]
             if not scores:
                 continue
             for x in scores:
-                x |= {"mean STS": np.mean([x[t] for t in STS])} if set(STS) <= set(x) else {}
+                x |= {"mean STS": round(float(np.mean([x[t] for t in STS])), 2)} if set(STS) <= set(x) else {}
             names = dict.fromkeys(k for x in scores for k in x)
             row[how] = {t: interval([x[t] for x in scores if t in x]) for t in names}
     claims = []
@@ -296,18 +336,20 @@ def report(a):
             complete = lambda name: found(name) and all(
                 f"{h}/{t}" in arrays for arrays, h in found(name) for t in STS)
             if complete(one) and complete(two):
-                claims.append({"claim": f"{one} > {two}", "vectors": how,
-                               "mean STS": bootstrap(items(one), items(two)),
+                vectors = " > ".join(dict.fromkeys(found(name)[0][1] for name in (one, two)))
+                claims.append({"claim": f"{one} > {two}", "vectors": vectors,
+                               "mean STS": bootstrap(items(one), items(two), pair),
                                "seeds": [len(items(one)), len(items(two))]})
     trials = Path(a.runs) / "trials.jsonl"
     command = (f"python results/contest.py --corpus {Path(a.corpus).name} --texts {a.texts} "
                f"--max-length {a.max_length} --data-dir DIR")
-    facts = {"command": command, "texts a run": a.texts,
+    shared = {f"{s} in {t}": int(np.isin(pair[s], pair[t]).sum()) for s in pair for t in pair if s != t}
+    facts = {"command": command, "texts a run": a.texts, "test pairs that stand in another task": shared,
              "versions": {p: version(p) for p in ("torch", "transformers", "mteb", "scipy")},
              "rows": table, "claims": claims,
              "trials": [json.loads(x) for x in trials.read_text().splitlines()] if trials.exists() else []}
-    out = ROOT / "results" / f"contest-{Path(a.corpus).name}-{a.texts}"
-    out.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n")
+    out = str(ROOT / "results" / f"contest-{Path(a.corpus).stem}-{a.texts}")
+    Path(out + ".json").write_text(json.dumps(facts, indent=1) + "\n")
     columns = [*STS, "mean STS", "Banking77Classification"]
     head = " | ".join([" ", "seeds", *columns, "mean STS as it is"])
     text = [f"{a.texts:,} texts of {Path(a.corpus).name}, up to {a.max_length} tokens, a run; scores x 100, "
@@ -318,12 +360,13 @@ def report(a):
         best = row.get("whitened", row["as it is"])
         cells = [show(best.get(c)) for c in columns] + [show(row["as it is"].get("mean STS"))]
         text.append(f"| {name} | {len(row['seeds']) or ''} | {' | '.join(cells)} |")
-    text += ["", "| claim | vectors | seeds | difference of mean STS | 95 % of the bootstrap |",
-             "|---|---|---|---:|---:|"]
+    text += ["", f"{len(claims)} differences of mean STS, each with a 95 % interval of its own (a twentieth "
+             "may miss): a bootstrap over pairs of texts and, where a side has several, over seeds", "",
+             "| claim | vectors | seeds | difference | 95 % |", "|---|---|---|---:|---:|"]
     for c in claims:
         (n, m), (mean, low, high) = c["seeds"], c["mean STS"]
         text.append(f"| {c['claim']} | {c['vectors']} | {n}, {m} | {mean:+.2f} | {low:+.2f} to {high:+.2f} |")
-    out.with_suffix(".md").write_text("\n".join(text) + "\n")
+    Path(out + ".md").write_text("\n".join(text) + "\n")
     print("\n".join(text))
 
 

@@ -1,16 +1,18 @@
-"""What a backbone is worth as an embedder before training: seven ways to read it, and two without a model.
+"""What a backbone is worth as an embedder before training: eight ways to read it, and four that count words.
 
     python results/readings.py --data-dir DIR [--backbone tiny] [--corpus docstrings] [--tasks NAME ...]
 
     mean, last         states of the causal model, averaged or the last one
     first-last         mean, of states and embeddings alike (backbone.first_last)
-    both ways          first-last, with bidirectional attention: where training starts
+    mean both ways     mean, with bidirectional attention: where LLM2Vec's recipe starts
+    both ways          first-last, with bidirectional attention: where token targets start
     echo               the text twice, the states of its second copy averaged (arXiv 2402.15449)
     prompt             the last state of: This text: "..." means in one word: "
     mean - PC          mean, without the first principal component of mean over 2,048 texts of the corpus
     head rows          mean of the rows of the head that belong to the text's tokens
     SIF                the same, a row weighted by 1e-3 / (1e-3 + frequency), without its first component
     tf-idf             cosine of tf * idf over the canonical words that t2t.py trains on: pure lexical overlap
+    LSA                its first C singular directions over 32,000 texts of the corpus
 
 Frequencies, idf and components come from --corpus, never a task. Writes results/readings-CORPUS.json and .md.
 """
@@ -28,12 +30,16 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from mteb.models import ModelMeta  # noqa: E402
 from mteb.models.abs_encoder import AbsEncoder  # noqa: E402
+from scipy.sparse import csr_matrix  # noqa: E402
+from sklearn.decomposition import TruncatedSVD  # noqa: E402
+from sklearn.preprocessing import normalize  # noqa: E402
 
 import eval as evaluation  # noqa: E402
 import t2t  # noqa: E402
 
 
-NAMES = "mean, last, first-last, both ways, prompt, echo, mean - PC, head rows, SIF, tf-idf".split(", ")
+NAMES = ("mean, last, mean both ways, first-last, both ways, prompt, echo, mean - PC, head rows, SIF, "
+         "tf-idf, LSA").split(", ")
 
 
 def readings(backbone, corpus, max_length=128):
@@ -50,7 +56,8 @@ def readings(backbone, corpus, max_length=128):
     before, after = tok(t2t.PROMPT[0])["input_ids"], tok(t2t.PROMPT[1], add_special_tokens=False)["input_ids"]
     bare = lambda text: [i for i in t2t.tokenize(tok, [text], max_length)[0] if i not in special]
 
-    both_layers, both_ways = (t2t.load_backbone(backbone, a)[0] for a in ("causal", "bidirectional"))
+    both_layers, sees_all, both_ways = (
+        t2t.load_backbone(backbone, a)[0] for a in ("causal", "bidirectional", "bidirectional"))
     t2t.first_last(both_layers)
     t2t.first_last(both_ways)
     embedder = lambda how, model=model: t2t.Embedder(model, tok, how, max_length)
@@ -92,10 +99,24 @@ def readings(backbone, corpus, max_length=128):
             np.add.at(out[n], t2t.find_words(words, np.array(ids, int), [len(ids)])[1], 1)
         return out * idf
 
-    mean, last, first_last, starts = map(read, (
-        embedder("mean"), embedder("last"), embedder("mean", both_layers), embedder("mean", both_ways)))
+    def lsa():
+        factors = []
+
+        def reading(texts):
+            if not factors:
+                many = [tokens.text(n) for n in t2t.order_of_texts(0, 0, N)[:32000]]
+                text, word = t2t.find_words(words, np.concatenate(many), [len(i) for i in many])
+                counts = csr_matrix((idf[word], (text, word)), (len(many), V))             # tf * idf
+                factors.append(TruncatedSVD(H.shape[1], random_state=0).fit(normalize(counts)).components_.T)
+            return normalize(tf_idf(texts)) @ factors[0].astype(np.float32)
+        return reading
+
+    mean, last, mean_all, first_last, starts = map(read, (
+        embedder("mean"), embedder("last"), embedder("mean", sees_all), embedder("mean", both_layers),
+        embedder("mean", both_ways)))
     head_rows, sif = rows(np.ones(V)), without_pc(rows(1e-3 / (1e-3 + frequency)))
-    found = [mean, last, first_last, starts, prompt, echo, without_pc(mean), head_rows, sif, tf_idf]
+    found = [mean, last, mean_all, first_last, starts, prompt, echo, without_pc(mean), head_rows, sif, tf_idf,
+             lsa()]
     return dict(zip(NAMES, found)), some
 
 

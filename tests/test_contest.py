@@ -2,9 +2,11 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from scipy.stats import spearmanr
 from test_eval import make_sts
 from test_train import ROOT
 
@@ -29,21 +31,53 @@ def test_interval_by_hand():
     assert contest.interval([5.0]) == (5.0, None)
 
 
-def test_bootstrap():
-    """A reading that is the gold itself against noise: Spearman 1 against 0; against itself: 0, no width."""
+@pytest.fixture
+def gold():
     rng = np.random.default_rng(0)
-    gold = {t: rng.random(200) for t in contest.STS}
+    return {t: rng.random(200) for t in contest.STS}
+
+
+def test_bootstrap(gold):
+    """A reading that is the gold itself against noise: Spearman 1 against 0; against itself: 0, no width."""
+    rng, pair = np.random.default_rng(1), dict(zip(gold, np.arange(600).reshape(3, 200)))
     perfect = [{t: np.stack([g, g]) for t, g in gold.items()}]
     noise = [{t: np.stack([rng.random(200), g]) for t, g in gold.items()} for _ in range(3)]
-    mean, low, high = contest.bootstrap(perfect, noise, draws=100)
+    mean, low, high = contest.bootstrap(perfect, noise, pair, draws=100)
     assert low < mean < high and 80 < low and high < 120
-    assert contest.bootstrap(noise, noise, draws=20) == [0, 0, 0]
+    want = 100 * (1 - np.mean([spearmanr(*x).statistic for run in noise for x in run.values()]))
+    assert mean == pytest.approx(want, abs=0.01)
+    assert contest.bootstrap(noise, noise, pair, draws=20) == [0, 0, 0]
 
 
-def test_sts_as_mteb_scores_it(data, backbone):
+def test_bootstrap_is_as_wide_as_theory_and_seeds(gold):
+    """Noise against gold: the deviation of Spearman's r of 600 independent pairs is 1/sqrt(600); of 200 pairs
+    that stand in all three tasks, 1/sqrt(200). Seeds that are 1 and 0 apart widen it to theirs."""
+    rng = np.random.default_rng(1)
+    noise = [{t: np.stack([rng.random(200), g]) for t, g in gold.items()}]
+    constant = [{t: np.stack([g, g]) for t, g in gold.items()}]                             # 1 in every draw
+    width = lambda one, pair: np.subtract(*contest.bootstrap(one, constant, pair)[:0:-1]) / 2 / 1.96 / 100
+    apart = dict(zip(gold, np.arange(600).reshape(3, 200)))
+    assert width(noise, apart) == pytest.approx(600 ** -0.5, rel=0.15)
+    same = [{t: next(iter(noise[0].values())) for t in gold}]
+    assert width(same, dict.fromkeys(gold, np.arange(200))) == pytest.approx(200 ** -0.5, rel=0.15)
+    assert width([noise[0], constant[0]], apart) > 0.5 / 1.96          # draws have both seeds, one, the other
+
+
+def test_a_pair_is_one_whichever_way_round():
+    rows = [{"sentence1": "A  cat", "sentence2": "b"}, {"sentence1": "B", "sentence2": "a cat"},
+            {"sentence1": "b", "sentence2": "b"}]
+    task = lambda name, rows: SimpleNamespace(metadata=SimpleNamespace(name=name), dataset={"test": rows})
+    got = contest.pairs([task("x", rows), task("y", rows[1:])])
+    assert got["x"].tolist() == [0, 0, 1] and got["y"].tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("zeros", [False, True])
+def test_sts_as_mteb_scores_it(data, backbone, zeros):
     [task] = [ev.localize(t, data) for t in ev.pick(["STSBenchmark"])]
     embedder = t2t.Embedder.load(str(backbone))
-    read = contest.once(embedder.encode)
+    # tf-idf of a text with stop words alone is 0: every third text here
+    read = contest.once(lambda texts: embedder.encode(texts) * np.array(
+        [[not zeros or len(t) % 3 > 0] for t in texts]))
     scores, items = contest.score(read, [task])
     from readings import Reading
     import mteb
@@ -73,7 +107,7 @@ def test_two_stages_from_nothing(data, backbone, texts_file, tmp_path, monkeypat
             "--tasks", "STS12", "STSBenchmark", "--cells", "mntp, simcse", "data, causal"]
     monkeypatch.setattr(sys, "argv", args)
     contest.main()
-    facts = json.loads((tmp_path / "results" / "contest-texts.json").read_text())
+    facts = json.loads((tmp_path / "results" / "contest-texts-256.json").read_text())
     row = facts["rows"]["mntp, simcse"]
     assert row["seeds"] == [1, 2] and set(row["whitened"]) == {"STS12", "STSBenchmark", "mean STS"}
     made = lambda name: json.loads((tmp_path / "runs" / name / "t2t.json").read_text())
@@ -82,11 +116,12 @@ def test_two_stages_from_nothing(data, backbone, texts_file, tmp_path, monkeypat
     made = made("data-causal-1")
     assert made["texts_seen"] == 256
     assert made["config"]["attention"] == "causal"
-    table = (tmp_path / "results" / "contest-texts.md").read_text()
+    assert [r["seed"] for r in row["runs"]] == [1, 2] and row["runs"][0]["corpus_hash"] == made["corpus_hash"]
+    table = (tmp_path / "results" / "contest-texts-256.md").read_text()
     assert "| mntp, simcse | 2 |" in table and "±" in table
 
     def never(*_, **__):
         raise AssertionError("trained again")
     monkeypatch.setattr(t2t, "train", never)
     contest.main()
-    assert (tmp_path / "results" / "contest-texts.md").read_text() == table
+    assert (tmp_path / "results" / "contest-texts-256.md").read_text() == table
