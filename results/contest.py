@@ -115,15 +115,16 @@ def curves(a, points=8):
         model, tok = t2t.load_backbone(a.backbone, t2t.Config.attention)
         t2t.first_last(model, name == "data")
         before = t2t.Embedder(model, tok, t2t.Config.pooling, a.max_length)
-        many = analyze.sample(t2t.corpus_tokens(a.corpus, tok, a.max_length, before.words), 2048)
-        ids = many[:analyze.SAMPLE]
+        many = analyze.sample(t2t.corpus_tokens(a.corpus, tok, a.max_length, before.words),
+                              analyze.SAMPLE + analyze.WHITENING)
+        ids, others = many[:analyze.SAMPLE], many[analyze.SAMPLE:]
         B, line = CELLS[name][0]["batch_size"], found.setdefault(name, [])
 
         def watch(step, embedder):
             if step % max(1, a.texts // B // points) == 0:
-                read, h = once(lambda texts: embedder.pooled(embedder.ids(texts))), embedder.pooled(many)
-                W = t2t.whiten(h, t2t.Config.whitening)
-                point = analyze.measure(embedder.logits(h[:len(ids)]), W, embedder, ids)
+                read = once(lambda texts: embedder.pooled(embedder.ids(texts)))
+                W = t2t.whiten(embedder.pooled(others), t2t.Config.whitening)
+                point = analyze.measure(embedder.pooled, W, embedder, ids)
                 for how, reading in ("as it is", read), ("whitened", whitened(read, W)):
                     for task, x in validation(reading, a.data_dir, bank=False).items():
                         point[f"{task}, {how}"] = x

@@ -46,9 +46,9 @@ def test_spectrum_and_rank_by_hand():
 def test_shift_by_hand():
     """The backbone lies along the first axis at 10 in the mean, the tuned one at 4: a shift of -0.6."""
     base = np.array([[10.0, 1], [10, -1]])
-    moved, shift = analyze.shift_first(base, np.array([[4.0, 7], [4, 7]]))
+    vector, shift = analyze.shift_first(base, np.array([[4.0, 7], [4, 7]]))
     assert shift == pytest.approx(-0.6)
-    np.testing.assert_allclose(moved, [[4, 1], [4, -1]], atol=1e-9)         # the rest stays
+    np.testing.assert_allclose(vector, [-6, 0], atol=1e-9)                  # the second axis stays
 
 
 def test_halves():
@@ -70,8 +70,19 @@ def test_derived_by_hand(backbone):
     z = torch.zeros(3, len(e.words.canon))
     z[:, canon["cat"]] = 1
     share, chance, each = analyze.derived(z, e.words, ids, lambda w: {"dog"} if w == "cat" else set(), k=1)
-    # two derived words, for texts 0 and 2; the text before text 0 is 2 (river), before 2 it is 1 (cat)
-    assert (share, chance, each) == pytest.approx((1 / 2, 0.0, 2 / 3))
+    # two derived words: of text 0 (others: cat, river) and of text 2 (others: dog, cat; half are related)
+    assert (share, chance, each) == pytest.approx((1 / 2, 1 / 4, 2 / 3))
+
+
+def test_derived_compares_stems():
+    """Texts "dogs" and "river"; both light up cat, whose relative dog is in the first by its stem. So is the
+    word dog, which the first lights up too: it is no derived one."""
+    names = ["dog", "dogs", "cat", "river"]
+    words = t2t.Words(np.arange(4), np.zeros(4, bool), np.ones(4, bool), names, "")
+    z = torch.tensor([[2.0, 0, 1, -1], [-1, -1, 1, 2]])
+    related = lambda w: {"dog"} if w == "cat" else set()
+    got = analyze.derived(z, words, [np.array([1]), np.array([3])], related, k=2)
+    assert got == pytest.approx((1 / 2, 1 / 2, 1.0))    # by chance: cat of the second, of the first
 
 
 def test_wordnet_knows_its_neighbours():
@@ -90,7 +101,7 @@ def test_page_and_picture(backbone, texts_file, tmp_path):
     assert run.stdout.startswith("The wolf sees the goat.\n    before") and "first PC" in run.stdout
     facts = json.loads((out / "analysis.json").read_text())
     assert facts["after"]["local"] > facts["before"]["local"]             # it learned what it was trained for
-    for row in ("before", "after"):
+    for row in ("before", "start", "after"):
         assert sum(facts[row]["spectrum"]) == pytest.approx(1)
         shares = ("hit@10", "local", "global", "key", "halves", "halves whitened")
         assert all(0 <= facts[row][m] <= 1 for m in shares)
@@ -104,10 +115,13 @@ def test_page_and_picture(backbone, texts_file, tmp_path):
 def test_trajectory_is_drawn(tmp_path):
     point = lambda x: {"texts": int(1000 * x), "key": x, "halves whitened": x}
     side = {"spectrum": [0.5, 0.5], "effective rank": 2.0, "key": 0.1, "halves whitened": 0.2}
-    facts = {"checkpoint": "c", "texts": 1000, "before": side, "after": side, "whitened": side}
+    facts = {"checkpoint": "c", "texts": 1000, "before": side, "start": side, "after": side, "whitened": side}
     analyze.draw(tmp_path / "a.png", facts,
                  {"ours": [point(0), point(0.5)], "simcse": [point(0), point(0.1)]})
     assert (tmp_path / "a.png").stat().st_size > 20_000
+    shipped = json.loads((ROOT / "results" / "trajectories.json").read_text())["curves"]
+    analyze.draw(tmp_path / "b.png", facts, shipped)
+    assert (tmp_path / "b.png").stat().st_size > 20_000
 
 
 @pytest.mark.parametrize("args, says", [(["nowhere"], "expected a checkpoint of t2t.py, got nowhere"),
