@@ -31,7 +31,8 @@ def checked(config):
         if choices and value not in choices:
             raise Error(f"{flag(f.name)}: expected one of {', '.join(choices)}, got {value}")
         if f.name in least and not least[f.name] <= value < math.inf:
-            raise Error(f"{flag(f.name)}: expected a finite number, {least[f.name]} or more, got {value}")
+            finite = "" if math.isfinite(value) else "a finite number, "
+            raise Error(f"{flag(f.name)}: expected {finite}{least[f.name]} or more, got {value}")
     if config.seed > 10**12:                                           # torch takes 64 bits; steps count too
         raise Error(f"--seed: expected at most 10^12, got {config.seed}")
     if config.method == "none" and config.init:

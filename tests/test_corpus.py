@@ -53,6 +53,13 @@ def test_a_stream_is_not_read_ahead(tmp_path):
         next(stream)
 
 
+def test_half_a_character_is_replaced(tmp_path, tok):
+    """JSON may hold one half of a UTF-16 pair, a tokenizer may not."""
+    (tmp_path / "a.jsonl").write_text('{"text": "cut emoji \\ud83d"}\n')
+    [text] = texts(tmp_path / "a.jsonl")
+    assert text == "cut emoji ?" and corpus.tokenize(tok, [text], 8)[0]
+
+
 @pytest.mark.parametrize("name, data, says", [
     ("a.txt", b"fine\ncaf\xe9\n", "expected UTF-8, but .*a.txt line 2"),
     ("a.txt", b"\x00\x01\x02", "a.txt line 1 has zero bytes"),

@@ -9,7 +9,7 @@ from conftest import FAMILIES, family, sentences
 from torch.testing import assert_close
 
 import t2t
-from backbone import prove_attention
+from backbone import prove_attention, prove_head
 from corpus import Error
 from t2t import Embedder, first_last, head, load_backbone, pad, pool, states
 
@@ -54,6 +54,24 @@ def test_a_model_that_ignores_the_switch_is_refused():
     prove_attention(model, "causal")
     with pytest.raises(Error, match="pass --attention causal"):
         prove_attention(model, "bidirectional")
+
+
+def test_a_head_of_its_own_kind_is_refused():
+    """Logits times a constant that is not the one our Head knows of (as HyperCLOVAX multiplies by it)."""
+    for name in FAMILIES:
+        prove_head(family(name))
+    model = family("llama")
+    model.lm_head.register_forward_hook(lambda module, inputs, z: 2 * z)
+    with pytest.raises(Error, match="expected logits that are a linear map"):
+        prove_head(model)
+
+
+def test_a_call_does_not_change_who_the_words_are(backbone):
+    """Truncation, which a tokenizer keeps from its last call, is no part of it: the corpus is found again."""
+    model, tok = load_backbone(str(backbone), "causal")
+    before = t2t.read_vocabulary(tok, len(head(model).weight)).hash
+    tok(["a text"], truncation=True, max_length=3)
+    assert t2t.read_vocabulary(tok, len(head(model).weight)).hash == before
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "qwen3"])

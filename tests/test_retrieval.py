@@ -1,6 +1,7 @@
 """eval.py --sparse: the store against brute force, fusion by hand, one small retrieval task through mteb."""
 import gzip
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -96,6 +97,14 @@ def test_the_whole_table(scifact, backbone, texts_file, tmp_path, capsys, monkey
     assert rows["BM25"]["SciFact"] > 80                                # the query is words of its document
     cost = rows["sparse"]["cost"]["SciFact"]
     assert 0 < cost["non-zeros a document"] <= 32 and cost["index MB"] == pytest.approx(0, abs=0.02)
+    # a task without data is named, the others are scored; two checkpoints of one name do not share a file
+    again = tmp_path / "copy" / "ckpt"
+    shutil.copytree(ckpt, again)
+    assert ev.main([ckpt, str(again), "--sparse", "--tasks", "SciFact", "STS12", "--data-dir", str(scifact),
+                    "--out", str(tmp_path / "two"), "--device", "cpu"]) == 3
+    assert "- not scored: STS12: " in capsys.readouterr().out
+    names = sorted(f.name for f in (tmp_path / "two").glob("*.json"))
+    assert len(names) == 2 and all(name.endswith("ckpt.json") for name in names)
     # dense as mteb alone scores the same checkpoint: nothing is lost on the way through our store
     [task] = ev.evaluate([ckpt], ["SciFact"], str(scifact), tmp_path / "plain", device="cpu")["tasks"]
     assert task["scores"]["ckpt"] == pytest.approx(rows["dense"]["SciFact"], abs=0.01)

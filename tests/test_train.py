@@ -69,7 +69,8 @@ def test_it_learns_and_the_vocabulary_is_frozen(backbone, texts_file, tmp_path):
         assert animal in lit, lit
     lines = log(out)
     assert [r["step"] for r in lines] == list(range(1, 601))
-    assert set(lines[0]) == {"step", "loss", "constant", "lr", "grad_norm", "texts_per_s"}
+    assert set(lines[0]) == {"step", "loss", "constant", "lr", "grad_norm", "texts_per_s", "objective"}
+    assert all(r["objective"] == pytest.approx(r["loss"]) for r in lines)              # without single tokens
 
 
 def test_micro_batches_give_the_same_gradient(backbone, texts_file, tmp_path):
@@ -88,6 +89,7 @@ def test_adapters_are_merged(backbone, texts_file, tmp_path):
     assert set(before) == set(after)                          # no adapter is left, and the head is still tied
     changed = {k for k in before if not torch.equal(before[k], after[k])}
     assert changed == {k for k in before if "proj" in k}
+    assert all(r["objective"] > r["loss"] for r in log(out))     # what is descended has the single tokens too
 
 
 def test_own_targets_and_own_step(backbone, texts_file, tmp_path, tok):
@@ -100,6 +102,22 @@ def test_own_targets_and_own_step(backbone, texts_file, tmp_path, tok):
                 targets=always_dog, on_step=lambda step, e: seen.append((step, e.encode(["x"]).shape)))
     assert seen == [(s, (1, 32)) for s in range(1, 31)]
     assert [row[0][0] for row in Embedder.load(out).tokens(["The cat.", "The river."])] == ["dog", "dog"]
+
+
+def test_own_targets_may_not_be_wider_than_k(backbone, texts_file, tmp_path):
+    wide = lambda rows: (np.tile(np.arange(9, dtype=np.int32), (len(rows), 1)),
+                         np.ones((len(rows), 9), np.float32))
+    with pytest.raises(Error, match="at most top_k = 8 tokens a text, got 9"):
+        train(config(backbone, texts_file, tmp_path / "a", top_k=8), targets=wide)
+
+
+def test_out_may_be_a_link(backbone, texts_file, tmp_path):
+    """To a folder on another disk, say: the checkpoint lands there, and the link stays one."""
+    (tmp_path / "big").mkdir()
+    (tmp_path / "ckpt").symlink_to(tmp_path / "big")
+    out = train(config(backbone, texts_file, tmp_path / "ckpt", steps=1))
+    assert Path(out).is_symlink() and (tmp_path / "big" / "t2t.json").exists()
+    assert Embedder.load(out).encode(["x"]).shape == (1, 32)
 
 
 def test_stages_and_none(backbone, texts_file, tmp_path):
@@ -291,7 +309,9 @@ def test_what_is_written_down(checkpoint):
 @pytest.mark.parametrize("args, says", [
     (["--method", "magic"], "invalid choice"), (["--steps", "0"], "--steps: expected 1 or more, got 0"),
     (["--batch-size", "-3"], "--batch-size: expected 1 or more"),
-    (["--lr", "nan"], "--lr: expected 0 or more, got nan"),
+    (["--lr", "nan"], "--lr: expected a finite number, 0 or more, got nan"),
+    (["--seed", "20250101123456"], "--seed: expected at most 10^12"),
+    (["--method", "none", "--init", "ckpt"], "--init: expected a method that trains"),
     (["--temperature", "0"], "--temperature: expected"), (["--stesp", "3"], "unrecognized arguments"),
     (["--method", "simcse", "--batch-size", "1"], "--batch-size: expected 2 or more"),
     (["--dropout", "1"], "--dropout: expected a share from 0 to below 1"),
@@ -336,6 +356,7 @@ def test_bad_input_ends_in_one_line(backbone, texts_file, tmp_path, capsys):
     (tmp_path / "full" / "thesis.tex").write_text("mine")
     assert "holds thesis.tex" in fails(capsys, **{**good, "out": str(tmp_path / "full")})
     assert "is a file" in fails(capsys, **{**good, "out": str(texts_file)})
+    assert "expected at most 256, the positions of" in fails(capsys, **good, max_length=257)
     assert "expected a checkpoint made from" in fails(capsys, **good, init=str(other_vocabulary(tmp_path)))
     assert not (tmp_path / "out" / "t2t.json").exists()
     if os.getuid():                                                  # root may write anywhere
