@@ -53,7 +53,7 @@ CELLS = {                                              # name -> for each stage 
     "data, causal": [TARGET | dict(attention="causal")],
     "data, last": [TARGET | dict(pooling="last")],
     "data, mean": [TARGET | dict(pooling="mean")],
-    "simcse, first-last": [CONTRAST | dict(pooling="first-last")],
+    "mntp, simcse, first-last": [PREDICT, CONTRAST | dict(pooling="first-last")],
     # one change at a time
     "data, no scale": [TARGET | dict(scale=1.0)],
     "data, no dropout": [TARGET | dict(dropout=0.0)],
@@ -67,11 +67,11 @@ TRIALS = {                                             # of the first stage; the
     "model": [dict(lr=1e-3), dict(lr=2e-3), dict(lr=4e-3)],
 }
 CLAIMS = [("data", x) for x in (
-    "simcse", "mntp, simcse", "simcse, first-last", *READINGS,
+    "simcse", "mntp, simcse", "mntp, simcse, first-last", *READINGS,
     "model", "both", "data, model", "data, causal", "data, last", "data, mean", "data, no scale",
     "data, no dropout", "data, no single tokens")] + [
     ("data, mean", x) for x in ("mntp, simcse", "both ways", "SIF", "tf-idf")] + [
-    ("both ways", "mntp, simcse")]
+    ("both ways", "mntp, simcse"), ("mntp, simcse, first-last", "both ways")]
 
 
 KEPT = ("command", "loss", "constant", "texts_seen", "seconds", "versions", "corpus_hash")
