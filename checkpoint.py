@@ -216,7 +216,7 @@ def ours(config, embedder):
     targets, trained = data or model, config.method != "none"
     used = {"tf-idf weights": data, "first piece of a split word": data,
             "log p minus its mean over the corpus": model,
-            "mean of first and last layer": weight_of_first(embedder.model) > 0,
+            "mean of embedding and last layer": weight_of_first(embedder.model) > 0,
             "input tokens left out": targets and config.dropout != 0,
             "mean of states scaled for the head": embedder.scale != 1,
             "loss at single tokens": targets and config.token_loss > 0, "frozen head": trained,
