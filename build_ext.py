@@ -53,6 +53,11 @@ def folder_name():
                cuda, sorted(gpus), *map(os.environ.get, ("CXX", "CFLAGS", "TORCH_CUDA_ARCH_LIST")))
 
 
+def not_loaded(folder, e):
+    """A cache that may not execute; a damaged file"""
+    return Error(f"csrc/: expected a library that loads, in {folder}: {e}; set T2T_CACHE to another folder")
+
+
 def load(build):
     """The extension; its operations are then torch.ops.t2t. None if it is not built and `build` is False."""
     if "t2t_ext" in sys.modules:
@@ -74,6 +79,8 @@ def load(build):
                 "t2t_ext", files, flags, NVCC, build_directory=str(folder), with_cuda=cuda)
         except (RuntimeError, subprocess.CalledProcessError) as e:
             raise Error(f"csrc/: the compiler failed (--impl torch does without it); it said:\n{e}") from None
+        except (ImportError, OSError) as e:
+            raise not_loaded(folder, e) from None
 
     folder = cached("csrc", folder_name(), write)
     if "t2t_ext" not in sys.modules:
@@ -81,9 +88,8 @@ def load(build):
         try:
             ext = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(ext)
-        except (ImportError, OSError) as e:                    # a cache that may not execute; a damaged file
-            raise Error(f"csrc/: expected a library that loads in {folder}: {e}; remove it, or set T2T_CACHE "
-                        "to another folder") from None
+        except (ImportError, OSError) as e:
+            raise not_loaded(folder, e) from None
         sys.modules["t2t_ext"] = ext
     return sys.modules["t2t_ext"]
 

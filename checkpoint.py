@@ -26,9 +26,11 @@ from corpus import Error
 
 # ----------------------------------------------------------------------------------------- the state of a run
 def start_folder(out, resuming):
-    """Make OUT. Refuse where something else stands, or where an interrupted run would be forgotten."""
+    """Make OUT -> its place, links followed. Refuse where something else stands, or where an interrupted run
+    would be forgotten."""
     if out.name in ("", ".."):
         raise Error(f"--out: expected a folder to be made, got {out}: pass a name such as ckpt")
+    out = out.resolve()
     aside = aside_of(out)
     if aside.exists() and not out.exists():                       # killed between the last two renames
         aside.rename(out)
@@ -49,6 +51,7 @@ def start_folder(out, resuming):
     if resuming and not begun:
         raise Error(f"--resume: expected an interrupted run in {out}, found none: leave --resume out")
     (out / "state").mkdir(parents=True, exist_ok=True)
+    return out
 
 
 def aside_of(out):
@@ -126,7 +129,8 @@ def save(out, embedder, config, facts):
         save_file({"usual": embedder.usual.float().cpu()}, new / "usual.safetensors")
     sparse_folder(new / "sparse", shared, layers, (length(first) * rows, bias), config)
     for folder in (new, new / "sparse") if first else ():
-        write_layers(folder / "0_FirstLast", embedder.model.config.num_hidden_layers, C, first)
+        layers = embedder.model.config.get_text_config().num_hidden_layers
+        write_layers(folder / "0_FirstLast", layers, C, first)
     write_json(new / "t2t.json", facts | {"ours": ours(config, embedder)})
     (new / "README.md").write_text(card(config, facts))
     if (out / "log.jsonl").exists():

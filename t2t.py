@@ -522,9 +522,9 @@ def train(config, targets=None, on_step=None):
 
     targets: function(list of n id arrays) -> indices (n,k), probs (n,k), k <= top_k, instead of the method's
     on_step: function(step, embedder), called after every step"""
-    t0, out = time.time(), Path(checked(config).out).resolve()
+    t0, out = time.time(), Path(checked(config).out)
     if not config.show_targets:
-        disk.start_folder(out, config.resume)
+        out = disk.start_folder(out, config.resume)
     if config.device == "cuda" and not torch.cuda.is_available():
         raise Error("--device cuda: expected a GPU that torch can use, found none: pass --device cpu")
     device = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
@@ -535,7 +535,8 @@ def train(config, targets=None, on_step=None):
     # ---- text and targets, by the backbone as it was pretrained
     model, tok = load_backbone(config.backbone, "causal", torch.bfloat16 if bf16 else torch.float32)
     V = len(head(model.to(device)).weight)
-    if config.max_length > (most := getattr(model.config, "max_position_embeddings", None) or math.inf):
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    if config.max_length > most:
         raise Error(f"--max-length: expected at most {most}, the positions of {config.backbone}, "
                     f"got {config.max_length}")
     words = read_vocabulary(tok, V)

@@ -78,9 +78,12 @@ KEPT = ("command", "loss", "constant", "texts_seen", "seconds", "versions", "cor
 
 
 def commit():
-    """Of this code, "-dirty" if it has been changed since; None outside a git checkout."""
-    run = subprocess.run("git describe --always --dirty".split(), cwd=ROOT, capture_output=True, text=True)
-    return run.stdout.strip() or None
+    """Of this code, "-dirty" if any has been changed since; None outside a git checkout."""
+    git = lambda line: subprocess.run(line.split(), cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    try:
+        return git("git rev-parse --short HEAD") + "-dirty" * bool(git("git status -s *.py csrc")) or None
+    except OSError:                                    # no git
+        return None
 
 
 # ------------------------------------------------------------------------------------------------- one cell
@@ -117,7 +120,7 @@ def curves(a, points=8):
         before = t2t.Embedder(model, tok, t2t.Config.pooling, a.max_length)
         many = analyze.sample(t2t.corpus_tokens(a.corpus, tok, a.max_length, before.words),
                               analyze.SAMPLE + analyze.WHITENING)
-        ids, others = many[:analyze.SAMPLE], many[analyze.SAMPLE:]
+        ids, others = analyze.split(many)
         B, line = CELLS[name][0]["batch_size"], found.setdefault(name, [])
 
         def watch(step, embedder):
@@ -190,13 +193,15 @@ def cell(name, seed, tasks, a, untrained, some):
     if not missing:
         return
     t0, facts = time.time(), {}
+    begun = place(name, seed, a).exists()              # perhaps by other code
     if name in untrained:
         read = once(untrained[name])
         W = None if name == "tf-idf" else t2t.whiten(read(some), t2t.Config.whitening)   # V dimensions: no
     else:
+        here = commit()
         embedder, folder = train(name, CELLS[name], seed, a)
         made = json.loads((folder / "t2t.json").read_text())
-        facts = {k: made[k] for k in KEPT if k in made} | {"commit": commit()}
+        facts = {k: made[k] for k in KEPT if k in made} | {"commit": None if begun else here}
         read, W = once(lambda texts: embedder.pooled(embedder.ids(texts))), embedder.W
     arrays = dict(np.load(file)) if file.exists() else {}
     for how, reading in [("as it is", read)] + [("whitened", whitened(read, W))] * (W is not None):
@@ -266,18 +271,19 @@ def pairs(tasks):
         for r in task.dataset["test"]]) for task in tasks}
 
 
-def bootstrap(one, two, pair, draws=1000):
-    """Bootstrap of mean Spearman(one) - mean Spearman(two), x 100, over pairs of texts and over seeds.
+def difference(one, two, pair, draws=1000):
+    """Mean Spearman(one) - mean Spearman(two), x 100 -> it, and its 95 % interval, over pairs and seeds.
 
-    one, two: for each seed {task: (2,n) cosines and gold}; pair: {task: (n,)}, see pairs. A draw takes as
-    many pairs as there are, with replacement, the same for all tasks and both sides, and as many of each
-    side's seeds (the same on both, if both have as many) -> mean, 2.5 % and 97.5 %. Ranks are those in the
-    whole task. A side with one seed says nothing about others."""
+    one, two: for each seed {task: (2,n) cosines and gold}; pair: {task: (n,)}, see pairs. Pairs: a bootstrap,
+    in which a draw takes as many as there are, with replacement, the same for all tasks and both sides (ranks
+    are those in the whole task). Seeds: s^2 / S of each side. The variances add up; Student's t, with the
+    degrees of freedom of Welch and Satterthwaite, makes the interval. A side with one seed says nothing about
+    others: then the interval is for that run."""
     rng, M = np.random.default_rng(0), 1 + max(p.max() for p in pair.values())
     times = rng.multinomial(M, np.full(M, 1 / M), draws).astype(float)                     # (draws,M)
 
     def spearman(run):
-        """-> (draws,), and of all pairs, once each: mean over tasks"""
+        """-> (draws + 1,) mean over tasks, last of all pairs, once each"""
         r = 0
         for t in pair:
             x, y = rankdata(run[t], axis=1)
@@ -286,15 +292,15 @@ def bootstrap(one, two, pair, draws=1000):
             w /= w.sum(1, keepdims=True)
             X, Y = w @ x, w @ y
             r = r + (w @ (x * y) - X * Y) / np.sqrt((w @ x**2 - X**2) * (w @ y**2 - Y**2)) / len(pair)
-        return r[:-1], r[-1]
-    sides, drawn = [], {}
-    for runs in (one, two):
-        r, full = map(np.array, zip(*map(spearman, runs)))                                 # (S,draws), (S,)
-        S = len(runs)
-        pick = drawn.setdefault(S, rng.integers(0, S, (S, draws)))
-        sides.append((full.mean(), np.take_along_axis(r, pick, 0).mean(0)))
-    (a, x), (b, y) = sides
-    return [round(100 * float(v), 2) for v in (a - b, *np.percentile(x - y, [2.5, 97.5]))]
+        return r
+    a, b = (np.array([spearman(run) for run in runs]) for runs in (one, two))              # (S,draws + 1)
+    parts = [((a.mean(0) - b.mean(0))[:-1].var(ddof=1), draws - 1)]                        # variance, freedom
+    parts += [(r[:, -1].var(ddof=1) / len(r), len(r) - 1) for r in (a, b) if len(r) > 1]
+    variance = sum(v for v, _ in parts)
+    freedom = variance**2 / max(1e-30, sum(v**2 / n for v, n in parts))
+    half = t_distribution.ppf(0.975, max(1, freedom)) * variance**0.5
+    mean = a[:, -1].mean() - b[:, -1].mean()
+    return [round(100 * float(v), 2) for v in (mean, mean - half, mean + half)]
 
 
 def interval(values):
@@ -307,10 +313,6 @@ def interval(values):
 def report(a):
     """results/contest-CORPUS-TEXTS.json and .md from all that stands in --runs"""
     runs, order = {}, [*READINGS, *CELLS]
-    tasks = [evaluation.localize(t, a.data_dir) for t in evaluation.pick(STS)]
-    for task in tasks:
-        task.load_data()
-    pair = pairs(tasks)
     for file in sorted(Path(a.runs).glob("*.npz")):
         arrays = dict(np.load(file))
         runs.setdefault((facts := json.loads(str(arrays.pop("facts"))))["name"], []).append((facts, arrays))
@@ -328,7 +330,11 @@ def report(a):
                 x |= {"mean STS": round(float(np.mean([x[t] for t in STS])), 2)} if set(STS) <= set(x) else {}
             names = dict.fromkeys(k for x in scores for k in x)
             row[how] = {t: interval([x[t] for x in scores if t in x]) for t in names}
-    claims = []
+    scored = {k.split("/")[1] for found in runs.values() for _, arrays in found for k in arrays}
+    tasks = [evaluation.localize(t, a.data_dir) for t in evaluation.pick(STS)] if set(STS) <= scored else []
+    for task in tasks:
+        task.load_data()
+    claims, pair = [], pairs(tasks)
     for one, two in CLAIMS:
         for how in ("as it is", "whitened"):
             found = lambda name: [(arrays, how if f"{how}/{STS[0]}" in arrays else "as it is")
@@ -339,7 +345,7 @@ def report(a):
             if complete(one) and complete(two):
                 vectors = " > ".join(dict.fromkeys(found(name)[0][1] for name in (one, two)))
                 claims.append({"claim": f"{one} > {two}", "vectors": vectors,
-                               "mean STS": bootstrap(items(one), items(two), pair),
+                               "mean STS": difference(items(one), items(two), pair),
                                "seeds": [len(items(one)), len(items(two))]})
     trials = Path(a.runs) / "trials.jsonl"
     command = (f"python results/contest.py --corpus {Path(a.corpus).name} --texts {a.texts} "
@@ -362,7 +368,7 @@ def report(a):
         cells = [show(best.get(c)) for c in columns] + [show(row["as it is"].get("mean STS"))]
         text.append(f"| {name} | {len(row['seeds']) or ''} | {' | '.join(cells)} |")
     text += ["", f"{len(claims)} differences of mean STS, each with a 95 % interval of its own (a twentieth "
-             "may miss): a bootstrap over pairs of texts and, where a side has several, over seeds", "",
+             "may miss), over pairs of texts and seeds; where a trained side has one seed, for that run", "",
              "| claim | vectors | seeds | difference | 95 % |", "|---|---|---|---:|---:|"]
     for c in claims:
         (n, m), (mean, low, high) = c["seeds"], c["mean STS"]

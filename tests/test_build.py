@@ -71,3 +71,14 @@ def test_training_falls_back_and_says_so(backbone, texts_file, tmp_path):
 def test_a_second_call_only_loads():
     status, out, err = python("build_ext.py", cache=os.environ["T2T_CACHE"])
     assert status == 0 and out.startswith("the extension is ready: ") and not err
+
+
+def test_a_library_that_does_not_load_is_done_without(tmp_path, monkeypatch):
+    """A damaged file, or a cache that may not execute: --impl auto trains with torch, ext says why."""
+    (tmp_path / "t2t_ext.so").write_bytes(b"not a library")
+    monkeypatch.delitem(sys.modules, "t2t_ext", raising=False)
+    monkeypatch.setattr(build_ext, "cached", lambda *_: tmp_path)
+    which, said = build_ext.choose("auto", "cpu")
+    assert which == "torch" and "expected a library that loads" in said
+    with pytest.raises(Error, match="set T2T_CACHE to another folder"):
+        build_ext.choose("ext", "cpu")

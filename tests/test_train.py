@@ -356,6 +356,8 @@ def test_bad_input_ends_in_one_line(backbone, texts_file, tmp_path, capsys):
     (tmp_path / "full" / "thesis.tex").write_text("mine")
     assert "holds thesis.tex" in fails(capsys, **{**good, "out": str(tmp_path / "full")})
     assert "is a file" in fails(capsys, **{**good, "out": str(texts_file)})
+    for here in (".", "", ".."):                                     # renaming it would pull away the ground
+        assert "pass a name such as ckpt" in fails(capsys, **{**good, "out": here})
     assert "expected at most 256, the positions of" in fails(capsys, **good, max_length=257)
     assert "expected a checkpoint made from" in fails(capsys, **good, init=str(other_vocabulary(tmp_path)))
     assert not (tmp_path / "out" / "t2t.json").exists()
