@@ -15,6 +15,7 @@ train only. Cells are kept in --runs, tables in results/contest-CORPUS-TEXTS.jso
 import argparse
 import gzip
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -264,8 +265,8 @@ def tune(a):
 # ---------------------------------------------------------------------------------------------------- tables
 def pairs(tasks):
     """Loaded STS tasks -> {task: (n,) a number for each pair of texts}: the same pair has one in all tasks,
-    whichever way round."""
-    found, plain = {}, lambda text: " ".join(text.lower().split())
+    whichever way round, in whatever case and punctuation."""
+    found, plain = {}, lambda text: " ".join(re.findall(r"\w+", text.lower()))
     return {task.metadata.name: np.array([
         found.setdefault(tuple(sorted((plain(r["sentence1"]), plain(r["sentence2"])))), len(found))
         for r in task.dataset["test"]]) for task in tasks}
