@@ -132,8 +132,8 @@ def aligned(z, embedder, ids):
 
 
 def measure(read, W, embedder, ids):
-    """Alignment and quality on N texts of vectors read(ids) (N,C), whitened by W (C,C). `key` and `halves
-    whitened` are the coordinates of the picture, for which results/contest.py calls this during training."""
+    """Alignment and quality on N texts of vectors read(ids) (N,C), as they are and whitened by W (C,C). `key`
+    and `halves` are the coordinates of the picture, for which results/contest.py calls this in training."""
     one, two = halves(ids, read)
     return aligned(embedder.logits(read(ids)), embedder, ids) | {
         "halves": finds(one, two), "halves whitened": finds(one @ W, two @ W)}
@@ -181,23 +181,27 @@ def derived(z, words, ids, related, k=10):
 
 # ------------------------------------------------------------------------------------------------ the picture
 def draw(path, facts, curves):
-    """Left: quality and alignment over training, ours and simcse; right: how the energy spreads."""
+    """Left: quality and alignment over training, ours and simcse's; right: how the energy spreads."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
+    lines = {"halves": "-", "halves whitened": "--"}
     for (name, points), colour in zip(curves.items(), ("tab:blue", "tab:orange")):
-        x, y = zip(*[(100 * p["key"], 100 * p["halves whitened"]) for p in points])
-        left.plot(x, y, "o-", ms=4, color=colour, label=f"{name}: one dot every {points[1]['texts']:,} texts")
-        left.annotate("start", (x[0], y[0]), textcoords="offset points", xytext=(6, -10), fontsize=8)
-    x, y = ([100 * facts[w][m] for w in ("start", "after")] for m in ("key", "halves whitened"))
-    arrow = {"arrowstyle": "->", "color": "tab:green", "lw": 1.5}
-    left.annotate("", (x[1], y[1]), (x[0], y[0]), arrowprops=arrow)
-    left.plot(x[0], y[0], "o", color="tab:green")
-    left.plot(x[1], y[1], "*", ms=14, color="tab:green", label=f"{facts['checkpoint']}, from its start")
-    left.set(xlabel="key words of a text that its vector lights up (%)",
-             ylabel=f"texts whose first half finds its second among {facts['texts']:,} (%)",
-             title="Embedding quality and vocabulary alignment, together")
+        x = [100 * p["key"] for p in points]
+        for m, style in lines.items():
+            y, label = [100 * p[m] for p in points], f"{name}, a dot every {points[1]['texts']:,} texts"
+            left.plot(x, y, "o" + style, ms=3, color=colour, label=label if m == "halves" else None)
+            left.annotate("start", (x[0], y[0]), textcoords="offset points", xytext=(6, -10), fontsize=8)
+    for m, style in lines.items():
+        x, y = ([100 * facts[w][k] for w in ("start", "after")] for k in ("key", m))
+        left.annotate("", (x[1], y[1]), (x[0], y[0]), arrowprops={
+            "arrowstyle": "->", "color": "tab:green", "lw": 1.2, "ls": style})
+        left.plot(x[1], y[1], "*", ms=12, color="tab:green",
+                  label=f"{facts['checkpoint']}, from its start" if m == "halves" else None)
+    left.set(xlabel="vocabulary: key words of a text that its vector lights up (%)", ylim=(0, None),
+             ylabel=f"quality: first half finds its second among {facts['texts']:,} (%)",
+             title="Over training (dashed: whitened vectors)")
     left.legend(fontsize=8)
     colours = {"before": "tab:gray", "start": "tab:purple", "after": "tab:green", "whitened": "tab:olive"}
     for w, colour in colours.items():

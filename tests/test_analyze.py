@@ -113,8 +113,8 @@ def test_page_and_picture(backbone, texts_file, tmp_path):
 
 
 def test_trajectory_is_drawn(tmp_path):
-    point = lambda x: {"texts": int(1000 * x), "key": x, "halves whitened": x}
-    side = {"spectrum": [0.5, 0.5], "effective rank": 2.0, "key": 0.1, "halves whitened": 0.2}
+    point = lambda x: {"texts": int(1000 * x), "key": x, "halves": x, "halves whitened": 2 * x}
+    side = {"spectrum": [0.5, 0.5], "effective rank": 2.0, "key": 0.1, "halves": 0.2, "halves whitened": 0.3}
     facts = {"checkpoint": "c", "texts": 1000, "before": side, "start": side, "after": side, "whitened": side}
     analyze.draw(tmp_path / "a.png", facts,
                  {"ours": [point(0), point(0.5)], "simcse": [point(0), point(0.1)]})
