@@ -587,8 +587,8 @@ def train(config, targets=None, on_step=None):
         at = disk.load_state(out, config, model, optimizer, tokens.hash)
     B = min(config.batch_size, len(lengths))
     constant = q.constant if q else math.log(B) if contrast else entropy(tokens, special, V)
+    impl, which = choose(config.impl, device)                          # may compile: not a part of texts/s
     begun, t1 = dict(at), time.time()
-    impl, which = choose(config.impl, device)
     if config.method == "mntp":
         blank = tok("_", add_special_tokens=False)["input_ids"][-1]                        # LLM2Vec's choice
         nll = functools.partial(token_nll, H=H, impl=impl)

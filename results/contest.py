@@ -304,6 +304,11 @@ def difference(one, two, pair, draws=1000):
     return [round(100 * float(v), 2) for v in (mean, mean - half, mean + half)]
 
 
+def without_folders(run):
+    """A run's facts, the paths in its command by their last names alone"""
+    return run | {"command": re.sub(r"/\S*/", "", run["command"])} if "command" in run else run
+
+
 def interval(values):
     """mean and half the width of the 95 % interval of Student's t over seeds (None for one seed)"""
     x = np.array(values, float)
@@ -321,8 +326,8 @@ def report(a):
     for name in sorted(set(runs) & set(order), key=order.index):
         row = table[name] = {"settings": CELLS.get(name, "a reading of the backbone"),
                              "seeds": sorted(f["seed"] for f, _ in runs[name] if name in CELLS),
-                             "runs": [{k: f[k] for k in ("seed", "scores", *KEPT, "commit") if k in f}
-                                      for f, _ in runs[name]]}
+                             "runs": [without_folders({k: f[k] for k in ("seed", "scores", *KEPT, "commit")
+                                                       if k in f}) for f, _ in runs[name]]}
         for how in ("as it is", "whitened"):
             scores = [f["scores"][how] for f, _ in runs[name] if how in f["scores"]]
             if not scores:
