@@ -131,11 +131,11 @@ def aligned(z, embedder, ids):
     return every | {"key": key_alignment(z, embedder.words, ids)}
 
 
-def measure(read, W, embedder, ids):
-    """Alignment and quality on N texts of vectors read(ids) (N,C), as they are and whitened by W (C,C). `key`
-    and `halves` are the coordinates of the picture, for which results/contest.py calls this in training."""
-    one, two = halves(ids, read)
-    return aligned(embedder.logits(read(ids)), embedder, ids) | {
+def measure(h, parts, W, embedder, ids):
+    """Alignment and quality on N texts of vectors h (N,C) and parts (see halves), as they are and whitened by
+    W (C,C). `key` and `halves` are the coordinates of the picture; results/contest.py calls this too."""
+    one, two = parts
+    return aligned(embedder.logits(h), embedder, ids) | {
         "halves": finds(one, two), "halves whitened": finds(one @ W, two @ W)}
 
 
@@ -247,14 +247,15 @@ def analyze(ckpt, texts=(), corpus=None):
                     f"got {len(ids)} in {corpus or config.corpus}")
     facts = {"checkpoint": Path(ckpt).resolve().name, "texts": len(ids),
              "texts of the whitening": len(others), "corpus": Path(corpus or config.corpus).name}
-    h, W = {}, {}
+    h, parts, rest = {}, {}, {}
     for name, e in stages.items():
-        h[name], W[name] = e.pooled(ids), t2t.whiten(e.pooled(others), 1.0)
-        facts[name] = measure(e.pooled, W[name], e, ids) | spread(h[name])
-    facts["whitened"] = spread(h["after"] @ W["after"])
+        h[name], parts[name], rest[name] = e.pooled(ids), halves(ids, e.pooled), e.pooled(others)
+        W = t2t.whiten(rest[name], 1.0)
+        facts[name] = measure(h[name], parts[name], W, e, ids) | spread(h[name])
+    facts["whitened"] = spread(h["after"] @ W)                 # of the last stage
     shift, facts["shift"] = shift_first(h["start"], h["after"])
-    moved = lambda x: start.pooled(x) + shift
-    facts["start, first PC moved"] = measure(moved, t2t.whiten(moved(others), 1.0), start, ids)
+    moved = [x + shift for x in (h["start"], *parts["start"], rest["start"])]
+    facts["start, first PC moved"] = measure(moved[0], moved[1:3], t2t.whiten(moved[3], 1.0), start, ids)
     rows = [*stages, "whitened", "start, first PC moved"]
     columns = ["hit@10", "local", "global", "key", "halves", "halves whitened", "effective rank"]
     print(f"\n{len(ids):,} texts of {facts['corpus']}\n{'':28s}"

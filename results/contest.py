@@ -128,7 +128,8 @@ def curves(a, points=8):
             if step % max(1, a.texts // B // points) == 0:
                 read = once(lambda texts: embedder.pooled(embedder.ids(texts)))
                 W = t2t.whiten(embedder.pooled(others), t2t.Config.whitening)
-                point = analyze.measure(embedder.pooled, W, embedder, ids)
+                point = analyze.measure(embedder.pooled(ids), analyze.halves(ids, embedder.pooled), W,
+                                        embedder, ids)
                 for how, reading in ("as it is", read), ("whitened", whitened(read, W)):
                     for task, x in validation(reading, a.data_dir, bank=False).items():
                         point[f"{task}, {how}"] = x
