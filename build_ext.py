@@ -17,7 +17,8 @@ import torch
 from torch.utils import cpp_extension
 from torch.utils.cpp_extension import CUDA_HOME
 
-from corpus import Error, cached, code, key, place
+from plumbing.cache import cache_path, cached, hash_of
+from plumbing.cli import Error
 
 CSRC = Path(__file__).parent / "csrc"
 # -ffp-contract: a * b + c becomes one instruction, which exp in rows.h counts on. Never -march=native: the
@@ -49,7 +50,7 @@ def folder_name():
     cuda = with_cuda()
     gpus = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())] if cuda else []
     files = [f for f in sorted(CSRC.iterdir()) if cuda or f.suffix not in (".cu", ".cuh")]
-    return key([code(f) for f in files], CFLAGS, NVCC, torch.__version__, platform.machine(), sys.version,
+    return hash_of([f.read_text("utf-8") for f in files], CFLAGS, NVCC, torch.__version__, platform.machine(), sys.version,
                cuda, sorted(gpus), *map(os.environ.get, ("CXX", "CFLAGS", "TORCH_CUDA_ARCH_LIST")))
 
 
@@ -63,7 +64,7 @@ def load(build):
     if "t2t_ext" in sys.modules:
         return sys.modules["t2t_ext"]
     cuda = with_cuda()
-    if not place("csrc", folder_name()).exists():
+    if not cache_path("csrc", folder_name()).exists():
         if not build:
             return None
         tools()
@@ -106,16 +107,17 @@ def compiled(impl, device="cpu"):
 
 
 def choose(impl, device):
-    """-> "ext" or "torch", and how to say so. auto: ext, built now if a compiler is there."""
+    """--impl -> "ext" or "torch". auto: ext where it has been built, else torch, which says so."""
     if impl == "torch":
-        return impl, impl
+        return impl
     try:
-        compiled("ext", device)
-        return "ext", f"the extension ({'CUDA' if device == 'cuda' else load(False).isa()})"
+        if compiled(impl, device):
+            return "ext"
     except (Error, ValueError) as e:
         if impl == "ext":
             raise Error(f"--impl ext: {e}") from None
-        return "torch", f"torch, not the extension: {e}"
+        print(f"the loss runs in torch, since the extension does not load: {e}", flush=True)
+    return "torch"
 
 
 if __name__ == "__main__":
@@ -124,4 +126,4 @@ if __name__ == "__main__":
     except Error as e:
         sys.exit(f"build_ext.py: error: {e}")
     print(f"the extension is ready: {ext.isa()} on CPU, {'with' if ext.cuda else 'without'} CUDA; "
-          f"in {place('csrc', folder_name())}")
+          f"in {cache_path('csrc', folder_name())}")

@@ -1,12 +1,13 @@
 """Score saved embedders on MTEB (English, v2) through the `mteb` package, side by side.
 
     python eval.py ckpt                                   # 41 tasks, data from the hub: hours on a CPU
-    python eval.py ckpt tiny --tasks STSBenchmark STS12   # two models on two tasks: minutes
+    python eval.py ckpt smollm2 --tasks STSBenchmark STS12   # two models on two tasks: minutes
+    python eval.py ckpt --benchmark "NanoBEIR"            # any benchmark of mteb
     python eval.py ckpt --tasks STS12 --data-dir DIR      # no network: data in DIR/<hub dataset path>/
     python eval.py ckpt --sparse                          # its sparse vectors against dense, BM25, fusions
 
-CKPT is a sentence-transformers folder, a bare causal LM (read as it is: causal, mean over tokens) or a hub
-id; all in float32. Scores are filed in --out under a hash of what is in the folder: a retrained checkpoint
+CKPT is a sentence-transformers folder, a hub id, or a bare causal LM: a folder, a .gguf file or smollm2 (read
+as it is: causal, mean over tokens); all in float32. Scores are filed in --out under a hash of what is in the folder: a retrained checkpoint
 never gets old ones, and after an interruption the same command goes on. --out also has the table.
 Exit status: 0 all scored, 2 a mistake in the call, 3 some task not scored, 130 interrupted.
 """
@@ -21,9 +22,11 @@ import shlex
 import sys
 import time
 from importlib.metadata import version
+from itertools import combinations
 from pathlib import Path
 
-from corpus import Error, write_whole  # no mteb or torch up here: --help and wrong arguments answer at once
+from plumbing.cache import write_json, write_whole
+from plumbing.cli import Error  # no mteb or torch up here: --help and wrong arguments answer at once
 
 BENCHMARK = "MTEB(eng, v2)"
 BARE_LENGTH = 512  # tokens: usual for LM embedders on MTEB; a bare LM names no limit but its positions
@@ -36,6 +39,9 @@ brief = lambda error: f"{type(error).__name__}: {(str(error).strip() or 'no mess
 def find(path):
     """The folder of a checkpoint (a hub id is fetched); refuses at once what cannot be a model."""
     folder = Path(path)
+    if path == "smollm2" and not folder.exists() or path.endswith(".gguf"):
+        from plumbing.backbones import resolve
+        return Path(resolve(path, "CKPT"))
     try:
         if not folder.exists() and path.count("/") == 1 and path[0] not in "./~":
             from huggingface_hub import snapshot_download
@@ -112,10 +118,14 @@ def read_bare(folder, path):
     return [reader, Pooling(reader.get_embedding_dimension(), pooling_mode="mean")]
 
 # ---------------------------------------------------------------------------------------- 2. tasks and scores
-def pick(names):
+def pick(names, benchmark=BENCHMARK):
     """mteb's tasks, English only; the benchmark's own objects where it has them: it limits splits too."""
     import mteb
-    chosen = {task.metadata.name: task for task in mteb.get_benchmark(BENCHMARK).tasks}
+    try:
+        chosen = {task.metadata.name: task for task in mteb.get_benchmark(benchmark).tasks}
+    except KeyError:
+        near = difflib.get_close_matches(benchmark, [b.name for b in mteb.get_benchmarks()]) or [BENCHMARK]
+        raise Error(f"expected a benchmark of mteb, got {benchmark}; use one such as {', '.join(near)}") from None
     for name in set(names or ()) - set(chosen):
         try:
             task = chosen[name] = mteb.get_task(name, languages=["eng"], exclusive_language_filter=True)
@@ -194,14 +204,15 @@ def score(task, models, cache, data_dir, batch_size):
         task.unload_data()
     return found, None
 
-def evaluate(paths, tasks=None, data_dir=None, out="results/mteb", batch_size=32, device="auto", command=""):
+def evaluate(paths, tasks=None, data_dir=None, out="runs/mteb", batch_size=32, device="auto",
+             benchmark=BENCHMARK, command=""):
     """Score checkpoints on tasks (names; None: all of the benchmark); the table, also written to `out`."""
     offline(data_dir)
     start, folders = time.time(), {path: find(path) for path in paths}
     folder_for(out)
     import mteb
     import torch
-    tasks = [localize(task, data_dir) if data_dir else task for task in pick(tasks)]
+    tasks = [localize(task, data_dir) if data_dir else task for task in pick(tasks, benchmark)]
     check_results(out, tasks)
     models, names = {}, [Path(os.path.abspath(path)).name for path in folders]
     for name, (path, folder) in zip(names, folders.items()):
@@ -230,7 +241,7 @@ def evaluate(paths, tasks=None, data_dir=None, out="results/mteb", batch_size=32
         write_whole(Path(out, name), text)
     return table
 
-# -------------------------------------------------------------------------- 3. the table and the command line
+# ------------------------------------------------------------------------------------------ 3. the table
 def means(rows, labels):
     """Means per category, over tasks and over categories, of what every checkpoint has: like for like."""
     mean = lambda scores: {k: sum(s[k] for s in scores) / len(scores) if scores else None for k in labels}
@@ -259,25 +270,119 @@ def render(table):
              f"batch size {table['batch_size']}; {versions}; {table['date']}; `{table['command']}`"]
     return "\n".join(text) + "\n"
 
+# ----------------------------------------------------------------------------------- 4. --sparse
+SPARSE_TASKS = ["SciFact", "LIMITSmallRetrieval", "STS12", "STS13", "STSBenchmark"]
+
+def compare_sparse(path, tasks, batch_size, device):
+    """Scores x 100 of dense, sparse, BM25 and their fusions on mteb tasks -> {row: {column: value}}, and
+    {task: why it has no scores}"""
+    import mteb
+    from mteb.models import SearchEncoderWrapper, SentenceTransformerEncoderWrapper, SparseEncoderWrapper
+    from sentence_transformers import SparseEncoder
+
+    from plumbing.search import Fusion, Remembering, Store
+    folder = Path(path, "sparse")
+    if not (folder / "modules.json").is_file():
+        raise Error(f"expected CKPT/sparse for --sparse, got none in {path}; train it with t2t.py")
+    dense = load(path, device)                         # it looks whether the device is there
+    sparse_encoder = SparseEncoder(str(folder), device=None if device == "auto" else device)
+    encoders = {"dense": SentenceTransformerEncoderWrapper(dense),
+                "sparse": SparseEncoderWrapper(sparse_encoder)}
+    table, missing, options = {}, {}, {"batch_size": batch_size, "show_progress_bar": False}
+
+    def score(name, model, task):
+        got = mteb.evaluate(model, [task], cache=None, encode_kwargs=options, co2_tracker=False,
+                            show_progress_bar=False)
+        row = table.setdefault(name, {})
+        row[task.metadata.name] = round(100 * got.task_results[0].get_score(), 2)
+        print(f"{task.metadata.name}, {name}: {row[task.metadata.name]:.2f}", file=sys.stderr, flush=True)
+
+    for task in tasks:
+        try:
+            task.load_data()
+        except Exception as error:                     # a loader raises what it likes; other tasks go on
+            missing[task.metadata.name] = brief(error)
+            print(f"{task.metadata.name}: data not loaded: {brief(error)}", file=sys.stderr)
+            continue
+        if task.metadata.type != "Retrieval":
+            for name, encoder in encoders.items():
+                score(name, encoder, task)
+            continue
+        ranked = {}
+        for name, encoder in encoders.items():
+            store = Store()
+            wrapped = SearchEncoderWrapper(encoder, index_backend=store)
+            ranked[name] = Remembering(wrapped, store, name == "dense")
+        ranked["BM25"] = Remembering(mteb.get_model("mteb/baseline-bm25s"))
+        for name, model in ranked.items():
+            score(name, model, task)
+            table[name].setdefault("cost", {})[task.metadata.name] = model.cost
+        for names in (*map(list, combinations(ranked, 2)), list(ranked)):
+            score(" + ".join(names), Fusion("-".join(names), [ranked[n] for n in names]), task)
+        task.unload_data()
+    return table, missing
+
+def render_sparse(table, tasks):
+    """Markdown; costs are of the first retrieval task."""
+    costs = ["non-zeros a document", "index MB", "ms to encode a query", "ms to search"]
+    first = next((t for t in tasks if t in table.get("dense", {}).get("cost", {})), None)
+    columns = [*tasks, *costs * bool(first)]
+    lines = ["| | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
+    for name, row in table.items():
+        cost = row.get("cost", {}).get(first, {})
+        show = [f"{row[t]:.2f}" if t in row else "" for t in tasks] + [
+            "" if cost.get(c) is None else f"{cost[c]:g}" for c in costs * bool(first)]
+        lines.append(f"| {name} | " + " | ".join(show) + " |")
+    return "\n".join(lines) + "\n"
+
+def evaluate_sparse(paths, tasks=None, data_dir=None, out="runs/mteb", batch_size=32, device="auto",
+                    benchmark=BENCHMARK, command=""):
+    """The table of each checkpoint, and which tasks have no scores; tables also go to OUT/sparse-NAME.json
+    and .md, NAME the folder's (with the folders above it, if two are called alike)."""
+    offline(data_dir)
+    import torch
+    pages, all_missing = [], {}
+    folder_for(out)
+    names = [Path(path).resolve().name for path in paths]
+    for path, name in zip(paths, names):
+        find(path)
+        name = "-".join(Path(path).resolve().parts[1:]) if names.count(name) > 1 else name
+        chosen = pick(tasks or SPARSE_TASKS, benchmark)
+        chosen = [localize(t, data_dir) if data_dir else t for t in chosen]
+        t0 = time.time()
+        table, missing = compare_sparse(path, chosen, batch_size, device)
+        all_missing |= missing
+        date = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
+        facts = {"command": command, "date": date, "rows": table, "missing": missing,
+                 "seconds": round(time.time() - t0, 1), "threads": torch.get_num_threads(),
+                 "versions": {p: version(p) for p in ("mteb", "torch", "sentence-transformers", "bm25s")}}
+        found = [t.metadata.name for t in chosen if t.metadata.name not in missing]
+        pages.append(f"{name}, scores x 100\n\n{render_sparse(table, found)}"
+                     + "".join(f"- not scored: {task}: {why}\n" for task, why in missing.items()))
+        write_json(Path(out, f"sparse-{name}.json"), facts)
+        write_whole(Path(out, f"sparse-{name}.md"), pages[-1])
+    return "".join(pages), all_missing
+
+# ----------------------------------------------------------------------------------- 5. the command line
 def main(argv=None):
     parser = argparse.ArgumentParser("eval.py", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda line: parser.exit(2, f"eval.py: error: {line}\n")  # argparse would add its usage
     parser.add_argument("paths", nargs="+", metavar="CKPT", help="a model folder, or a hub id")
-    parser.add_argument("--tasks", nargs="+", metavar="NAME", help=f"default: the 41 of {BENCHMARK}")
+    parser.add_argument("--tasks", nargs="+", metavar="NAME", help="default: all of the benchmark")
+    parser.add_argument("--benchmark", metavar="NAME", default=BENCHMARK, help="of mteb (default: %(default)s)")
     parser.add_argument("--data-dir", metavar="DIR", help="data in DIR/<hub dataset path>/, offline")
-    parser.add_argument("--out", metavar="DIR", default="results/mteb", help="default: %(default)s")
+    parser.add_argument("--out", metavar="DIR", default="runs/mteb", help="default: %(default)s")
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="default: %(default)s")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    parser.add_argument("--sparse", action="store_true", help="compare sparse, dense and BM25 (retrieval.py)")
+    parser.add_argument("--sparse", action="store_true", help="compare sparse vectors, dense ones and BM25")
     args = parser.parse_args(argv)
     try:
         if args.batch_size < 1:
             raise Error(f"expected a positive number for --batch-size, got {args.batch_size}; try 32")
         options = vars(args) | {"command": shlex.join(["python", "eval.py", *(argv or sys.argv[1:])])}
         if options.pop("sparse"):
-            import retrieval
-            page, missing = retrieval.evaluate(**options)
+            page, missing = evaluate_sparse(**options)
             print(page, end="")
             return 3 if missing else 0
         table = evaluate(**options)

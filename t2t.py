@@ -1,123 +1,140 @@
 """Text2Token: turn a language model into a text embedder by teaching it which tokens a text is about.
 
-    python t2t.py                                               # tiny/ on documentation: minutes on a CPU
+    python t2t.py                                               # SmolLM2 on documentation: five minutes on a CPU
     python t2t.py --backbone Qwen/Qwen3-0.6B --corpus my.jsonl  # your model, your texts, no labels
     python t2t.py --show-targets 5                              # look at the targets, train nothing
 
 A language model turns a text into states, and its head turns states into tokens. Pool the states of a text
-into one vector h and send *that* through the head: an untrained model lights up `, . the and`, a good one the
-tokens that the text is about. Text2Token makes the second out of the first:
+into one vector h and send *that* through the head: an untrained model lights up `, . the and`, a good one
+lights up the tokens that the text is about. Text2Token makes the second out of the first:
 
-    x = f(ids)                              f: the backbone without its head, x_t a state a token
-    h = pool(x)                             their mean
-    z = head(s h)                           the backbone's own head, frozen; s = 4: see predict_targets
-    L = mean_b KL(q_b || softmax(z_b))      q_b: the few tokens, weighted, that text b should light up
+    x = f(ids)                              f: the backbone without its head, x_t a state for each token
+    h = mean_t x_t                          the embedding of the text
+    z = head(s h)                           the backbone's own head, frozen; s is measured once
+    L = mean_b KL(q_b || softmax(z_b))      q_b: the few tokens, with weights, that text b should light up
 
-and, of the same kind, a loss at single tokens, x_t in place of h: see single_tokens.
+and a second term of the same kind at single words: see target_loss.
 
     B texts   T tokens   C hidden width   V vocabulary   K sparse targets a text   (N: all rows, or all texts)
 
-The file reads in the order in which a text travels: 1 text, 2 targets, 3 embedder, 4 loss, 5 training, 6 use.
+The file reads in the order in which a text travels: 1 words, 2 targets, 3 embedder, 4 loss, 5 training, 6 use.
 PAPER: marks what the abstract of arXiv 2510.10224 states. OURS: marks a choice made here; the paper's
-equations, hyper-parameters and code could not be read. corpus.py reads texts, checkpoint.py writes folders.
+equations, hyper-parameters and code could not be read. plumbing/ reads corpora and models and writes folders.
 """
-import dataclasses
-import functools
-import json
-import math
-import shlex
-import signal
-import sys
-import time
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import NamedTuple
+from dataclasses import asdict, dataclass, field, replace
 
-from cli import checked, end, flag, parse
-from corpus import Error
-
+from plumbing.cli import Error, checked, command_line, parse, run_command
 
 # ------------------------------------------------------------------------------------------------ 0. settings
-def setting(default, doc, choices=None):
-    return field(default=default, metadata={"doc": doc, "choices": choices})
+TARGETS, TRAINED = ("data", "model", "both"), ("data", "model", "both", "simcse", "mntp")
+
+
+def setting(default, doc, choices=None, least=None, methods=None):
+    """A field of Config; `methods`: those that use it (None: all)."""
+    return field(default=default, metadata=dict(doc=doc, choices=choices, least=least, methods=methods))
 
 
 @dataclass(frozen=True)
 class Config:
-    """Every setting of a run. The command line is made from these fields: a default stands in one place."""
-    backbone: str = setting("tiny", "folder or hub id of a causal language model")
-    method: str = setting("data", "source of targets or baseline", "data model both none simcse mntp".split())
-    corpus: str = setting("docstrings", ".txt, .jsonl, .jsonl.gz, .parquet file, a folder, hub:NAME[:COLUMN]")
+    """Every setting of a run. The command line is made from these fields: a default stands in one place.
+    None and "auto" are replaced by real values once, in `settle`, before anything is used or saved."""
+    backbone: str = setting("smollm2", "smollm2, a folder, a .gguf file or a hub id of a causal language model")
+    method: str = setting("data", "source of targets, or baseline", (*TRAINED, "none"))
+    corpus: str = setting("docstrings", ".txt, .jsonl, .jsonl.gz, .parquet, a folder, hub:NAME[:COLUMN]",
+                          methods=TRAINED)
     out: str = setting("ckpt", "folder for the finished checkpoint")
-    init: str = setting("", "start from this checkpoint's weights instead of the backbone's (a second stage)")
-    pooling: str = setting("auto", "of states; first-last: of two layers (auto: so for targets, if tied)",
-                           "auto first-last mean last".split())
+    init: str | None = setting(None, "start from this checkpoint's weights (a second stage)", methods=TRAINED)
+    pooling: str = setting("mean", "of the states of a text", ["mean", "last"])
     attention: str = setting("bidirectional", "what a token may look at", ["bidirectional", "causal"])
-    top_k: int = setting(64, "K, target tokens a text")
-    temperature: float = setting(1.0, "of the targets: lower is sharper (simcse: cosines, in units of 0.05)")
-    dropout: float = setting(-1.0, "of input tokens (-1: 0.2; simcse: of attention, 0.3; mntp: masked, 0.2)")
-    max_length: int = setting(128, "tokens of a text that the model sees")
-    batch_size: int = setting(64, "texts a step")
-    micro_batch: int = setting(32, "texts on the device at a time, the same gradient (0: the whole batch)")
-    steps: int = setting(220, "optimiser steps")
-    lr: float = setting(0.0, "peak learning rate (0: 4e-3; adapters 2e-4, simcse 3e-5, mntp 3e-4)")
-    whitening: float = setting(1.0, "how flat to make the spectrum of the embeddings: 0 not, 1 wholly")
-    token_loss: float = setting(16.0, "weight of the loss at single tokens (0: none)")
-    scale: float = setting(4.0, "s, of a mean of states in front of the head (last, simcse, mntp: 1)")
-    lora_rank: int = setting(-1, "of LoRA adapters (0: all but embedding and head learn; -1: so below 100 M)")
-    seed: int = setting(42, "of the order of texts and of every random number")
+    top_k: int = setting(64, "K, target tokens a text", least=1, methods=TARGETS)
+    temperature: float = setting(1.0, "of the targets: lower is sharper", least=1e-6, methods=TARGETS)
+    max_length: int = setting(128, "tokens of a text that training sees", least=1)
+    batch_size: int = setting(64, "texts a step", least=1, methods=TRAINED)
+    micro_batch: int = setting(32, "texts on the device at a time; the gradient stays the same", least=1,
+                               methods=(*TARGETS, "mntp"))
+    steps: int = setting(50, "optimiser steps", least=1, methods=TRAINED)
+    lr: float | None = setting(None, "peak learning rate (default: 1e-3; simcse 3e-5, mntp 3e-4)", least=1e-12,
+                               methods=TRAINED)
+    lora_rank: int = setting(16, "of LoRA adapters; 0: all weights learn but embedding and head", least=0,
+                             methods=TRAINED)
+    seed: int = setting(42, "of the order of texts and of every random number", least=0)
     device: str = setting("auto", "where to train", ["auto", "cpu", "cuda"])
-    dtype: str = setting("auto", "of arithmetic (auto: bfloat16 on a GPU)", ["auto", "float32", "bfloat16"])
-    impl: str = setting("auto", "of the loss: ext is csrc/, compiled, if it can be", "auto torch ext".split())
-    save_every: int = setting(50, "steps between the states from which --resume goes on")
-    resume: bool = setting(False, "go on with the interrupted run in --out")
-    show_targets: int = setting(0, "print this many texts with their targets and exit")
+    dtype: str = setting("auto", "of arithmetic; auto: bfloat16 where the processor computes it",
+                         ["auto", "float32", "bfloat16"])
+    impl: str = setting("auto", "of the loss; ext is csrc/, compiled; auto: ext if build_ext.py has built it",
+                        ["auto", "torch", "ext"], methods=(*TARGETS, "mntp"))
+    save_every: int = setting(50, "steps between the states from which --resume goes on", least=1,
+                              methods=TRAINED)
+    resume: bool = setting(False, "go on with the interrupted run in --out, or start if there is none",
+                           methods=TRAINED)
+    overwrite: bool = setting(False, "replace what --out holds")
+    show_targets: int = setting(0, "print so many texts with their targets and exit", least=0, methods=TARGETS)
 
 
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)                       # Ctrl-C amid the imports: no traceback
-    try:
-        CONFIG = parse(Config, __doc__, sys.argv[1:])
-    except Error as e:
-        end(e)
+# Parsed here and not at the end of the file: --help and a wrong flag answer before the imports, which take seconds.
+CONFIG = parse(Config, __doc__) if __name__ == "__main__" else None
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from torch.utils.checkpoint import checkpoint as recomputed  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+import functools
+import json
+import math
+import tempfile
+import time
+from contextlib import nullcontext
+from importlib.metadata import version
+from pathlib import Path
+from typing import NamedTuple
 
-import backbone  # noqa: E402
-import checkpoint as disk  # noqa: E402
-import lexical  # noqa: E402
-import ops  # noqa: E402
-from backbone import cap, first_last, head, load_backbone, make_trainable, resolve, states  # noqa: E402
-from baselines import entropy, mntp, simcse  # noqa: E402
-from build_ext import choose, compiled  # noqa: E402
-from corpus import (RUN, STOP, batch_of, blocks, code, keep_targets, key, order_of_texts,  # noqa: E402
-                    read_tokens, stamps, tokenize, unspaced)
-from ops import check_targets, merge  # noqa: E402
+import numpy as np
+import peft
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint as recomputed
+from tqdm import tqdm
 
+from build_ext import choose, compiled
+from plumbing import folders
+from plumbing.backbones import check_head, origin, read_backbone
+from plumbing.baselines import DEFAULT_LR, mntp, simcse, token_entropy
+from plumbing.cache import cached, hash_of, source_hash
+from plumbing.corpus import blocks, is_unspaced, tokenize, tokenize_corpus
 
-# ---------------------------------------------------------------------------------------------------- 1. text
-# corpus.read_tokens streams the corpus through the tokenizer once, to disk: the ids of all texts, cut to what
-# the model will see, and df (V,), in how many texts a word stands. What is a word? The vocabulary tells:
+# --------------------------------------------------------------------------------------------------- 1. words
+# tokenize_corpus streams the corpus through the tokenizer once, to disk: tokens[n] are the ids (T,) of text n.
+# Which of them are words that a text can be about? The vocabulary tells.
+
+# OURS: words that carry grammar, not content. Everything subtler is left to idf, which knows the corpus.
+STOP = frozenset("""
+a about above after again against all almost also although always am among an and another any anyone
+anything are around as at be because been before being below between both but by can cannot could did do
+does doing done down during each either else enough etc even ever every everyone everything few for from
+further get gets got had has have having he hence her here hers herself him himself his how however i if
+in instead into is it its itself just least less like many may maybe me might mine more most much must my
+myself neither never no nobody none nor not nothing now of off often on once one only onto or other
+others otherwise our ours ourselves out over own per perhaps please quite rather really same shall she
+should since so some someone something sometimes soon still such than that the their theirs them
+themselves then there therefore these they this those though through thus to too toward towards under
+until up upon us use used uses using very via was we well were what whatever when whenever where whereas
+wherever whether which while who whoever whole whom whose why will with within without would yet you your
+yours yourself yourselves ve ll re don didn doesn isn wasn aren won couldn wouldn shouldn hasn haven hadn
+""".split())
+
 
 class Words(NamedTuple):
-    canon: np.ndarray       # (V,) int64  the one id for all case and space variants of a word; -1: not a word
-    glued: np.ndarray       # (V,) bool   begins with a letter, no space: goes on with a word, if one is open
-    open: np.ndarray        # (V,) bool   ends in a letter
-    text: list              # (V,) str    the token as people read it
-    hash: str
+    """What is known of each token of a vocabulary."""
+    canonical_id: np.ndarray       # (V,) int64  the one id for all case and space variants of a word; -1: no word
+    is_continuation: np.ndarray    # (V,) bool   begins with a letter and no space: may continue a word
+    ends_in_letter: np.ndarray     # (V,) bool   a word may go on after it
+    text: list                     # (V,) str    the token as people read it
 
 
 def read_vocabulary(tok, V):
-    """PAPER: targets are meaningful tokens. OURS: which tokens those are.
+    """tokenizer, size of the embedding -> Words. PAPER: targets are meaningful tokens. OURS: which these are.
 
-    canon[v] = -1 for specials, punctuation, numbers, stop words, single letters and pieces that only continue
-    a word; otherwise the id of its form in lower case with a space in front (" paris" for "Paris"), or of the
-    closest form that the vocabulary has."""
-    canon, glued, opened, spaced = np.full(V, -1), *np.zeros((3, V), bool)
+    canonical_id[v] is -1 for specials, punctuation, numbers, stop words, single letters and pieces that only
+    continue a word. Else it is the id of the form in lower case with a space in front (" paris" for "Paris"),
+    or of the closest form that the vocabulary has."""
+    canonical_id, is_continuation, ends_in_letter, has_space = np.full(V, -1), *np.zeros((3, V), bool)
     text, forms = [""] * V, {}
     raw = tok.convert_ids_to_tokens(list(range(min(V, len(tok)))))     # V may be padded beyond the tokenizer
     special = set(tok.all_special_ids)
@@ -129,97 +146,63 @@ def read_vocabulary(tok, V):
         word = s.strip()
         if not word:
             continue
-        cased = word[0].lower() != word[0].upper()
-        text[v], spaced[v], opened[v] = word, s[0].isspace(), s[-1].isalpha()
-        glued[v] = word[0].isalpha() and not spaced[v] and not unspaced(word[0])
-        if word.isalpha() and word.lower() not in STOP and (len(word) > 1 or not cased):
+        text[v], has_space[v], ends_in_letter[v] = word, s[0].isspace(), s[-1].isalpha()
+        is_continuation[v] = word[0].isalpha() and not has_space[v] and not is_unspaced(word[0])
+        has_case = word[0].lower() != word[0].upper()                # a single letter of Chinese is a word
+        if word.isalpha() and word.lower() not in STOP and (len(word) > 1 or not has_case):
             forms.setdefault(word.lower(), []).append(v)
     for word, ids in forms.items():
-        best = min(ids, key=lambda v: (not spaced[v], text[v] != word, v))
-        if not glued[best]:
-            canon[ids] = best
-    how = getattr(tok, "backend_tokenizer", None)                     # less what its last call left behind:
-    how = how and json.loads(how.to_str()) | {"truncation": None, "padding": None}
-    return Words(canon, glued, opened, text, key(code(__file__), raw, how))
+        best = min(ids, key=lambda v: (not has_space[v], text[v] != word, v))
+        if not is_continuation[best]:
+            canonical_id[ids] = best
+    return Words(canonical_id, is_continuation, ends_in_letter, text)
 
 
-def find_words(words, flat, lengths):
-    """ids of n texts, flat (total,), of `lengths` (n,) -> (text number, canonical id) of each word, in order.
+def find_words(words, ids, lengths):
+    """ids (total,) of n texts one after the other, their lengths (n,) -> text number and canonical id of each
+    word, in order.
 
     OURS: a word that the tokenizer splits is credited through its first piece, " dys" for dyslexia; no credit
     at all cost a prototype 6 points of STS. Later pieces get none: "able" in comfort|able is not able."""
-    text = np.repeat(np.arange(len(lengths)), lengths)
-    inside = np.zeros(len(flat), bool)
-    inside[1:] = words.glued[flat[1:]] & words.open[flat[:-1]] & (text[1:] == text[:-1])
-    keep = (words.canon[flat] >= 0) & ~inside
-    return text[keep], words.canon[flat[keep]]
+    text = np.repeat(np.arange(len(lengths)), lengths)                                             # (total,)
+    inside = np.zeros(len(ids), bool)
+    inside[1:] = (words.is_continuation[ids[1:]] & words.ends_in_letter[ids[:-1]] & (text[1:] == text[:-1]))
+    keep = (words.canonical_id[ids] >= 0) & ~inside
+    return text[keep], words.canonical_id[ids[keep]]
 
 
-def corpus_tokens(source, tok, max_length, words):
-    """corpus.Tokens of a corpus: what all that follows reads."""
-    find = functools.partial(find_words, words)
-    return read_tokens(source, tok, max_length, len(words.canon), find, words.hash)
+def document_frequency(tokens, words):
+    """df (V,): in how many of the N texts each word stands."""
+    df = np.zeros(len(words.canonical_id), np.int64)
+    for block in blocks(range(len(tokens)), 4096):
+        text, word = find_words(words, tokens.ids[tokens.start[block[0]]:tokens.start[block[-1] + 1]],
+                                tokens.lengths[block])
+        df += np.bincount(np.unique(text * len(df) + word) % len(df), minlength=len(df))
+    return df
 
 
 # ------------------------------------------------------------------------------------------------- 2. targets
 class Targets(NamedTuple):
+    """The targets q of N texts, memory-mapped; a row sums to 1, or to 0 where a text has none."""
     indices: np.ndarray     # (N,K) int32    -1 is padding
-    probs: np.ndarray       # (N,K) float32  sums to 1 over K, or to 0: no words, or not read in training
-    constant: float         # mean_b KL(q_b || mean of all q), the best constant prediction: the honest zero
+    probs: np.ndarray       # (N,K) float32
+    marginal_kl: float      # mean_b KL(q_b || mean of all q): the loss of the best prediction that ignores the text
 
 
-def targets_of(config, tokens, words, model, tok, custom=None):
-    """-> function(list of n id arrays) -> indices (n,K), probs (n,K); a row sums to 1, or to 0 without words.
-
-    `custom`, such a function, replaces the method's own."""
-    N, V, K = len(tokens.start) - 1, len(words.canon), config.top_k
-    if K > V:
-        raise Error(f"--top-k: expected at most the size of the vocabulary, {V}, got {K}")
-    parts = [custom] if custom else []
-    # OURS: `both` is an even mixture, K/2 tokens from each side; a token on both sides has both weights.
-    k = K if config.method != "both" else K // 2
-    if config.method in ("data", "both") and not custom:
-        idf = np.log(N / np.maximum(1, tokens.df))
-        parts.append(lambda rows: data_targets(rows, words, idf, k, config.temperature))
-    if config.method in ("model", "both") and not custom:
-        parts.append(model_targets(config, tokens, words, model, tok, k))
-
-    def q(rows):
-        i, p = (np.concatenate(x, 1) for x in zip(*(part(rows) for part in parts)))
-        if i.shape[1] > K:
-            raise Error(f"targets: expected at most top_k = {K} tokens a text, got {i.shape[1]}")
-        p = p / np.maximum(p.sum(1, keepdims=True), 1e-30)
-        return [x.numpy() for x in merge(torch.from_numpy(i), torch.from_numpy(p))]
-    return q
-
-
-def build_targets(config, tokens, words, model, tok, custom=None):
-    """q for all texts that training will see, memory-mapped."""
-    N, data = len(tokens.start) - 1, config.method == "data"           # data: of the corpus alone, and quick
-    first = N if data or custom else min(N, -(-config.steps // RUN) * RUN * config.batch_size)
-    seen = order_of_texts(config.seed, 0, N)[:first] if first < N else np.arange(N)
-    made_by = [code(m.__file__) for m in (ops, backbone)]
-    name = None if custom else key(code(__file__), *made_by, str(tokens.folder), config.method,
-                                   stamps(resolve(config.backbone)), config.top_k, config.temperature,
-                                   *([] if data else [config.seed, first, str(model.dtype)]))
-    make = functools.partial(targets_of, config, tokens, words, model, tok, custom)
-    return Targets(*keep_targets(name, tokens, np.sort(seen), config.top_k, make, 4096 if data else 64))
-
-
-def data_targets(rows, words, idf, K, temperature):
+def data_targets(ids, words, idf, K, temperature):
     """list of n id arrays -> indices (n,K), probs (n,K): the words *in* the text, by how much they tell.
 
         q_b(v) ~ (tf_b(v) * idf(v))^(1/temperature),      idf(v) = log(N / df(v)), at least 0.001
 
-    over the K heaviest v. PAPER: "data-driven": the meaningful tokens of a text. OURS: tf-idf as measure."""
-    n, V = len(rows), len(idf)
-    text, word = find_words(words, np.concatenate(rows), [len(r) for r in rows])
-    pairs, tf = np.unique(text * V + word, return_counts=True)             # each word of each text once
-    text, word = pairs // V, pairs % V
+    over the K heaviest v. PAPER: "data-driven": the meaningful tokens of a text. OURS: tf-idf as the measure."""
+    n, V = len(ids), len(idf)
+    text, word = find_words(words, np.concatenate(ids), [len(i) for i in ids])
+    pairs, tf = np.unique(text * V + word, return_counts=True)         # each word of each text once
+    text, word = pairs // V, pairs % V                                                              # (pairs,)
     weight = tf * np.maximum(idf[word], 1e-3)
     order = np.lexsort((word, -weight, text))                          # by text, heaviest first, ties by id
     text, word, weight = text[order], word[order], weight[order]
-    first = np.searchsorted(text, text)                                # (pairs,) where its text begins
+    first = np.searchsorted(text, text)                                # the position where its text begins
     rank, weight = np.arange(len(text)) - first, (weight / weight[first]) ** (1 / temperature)
     text, word, weight, rank = (x[rank < K] for x in (text, word, weight, rank))
     indices, probs = np.full((n, K), -1, np.int32), np.zeros((n, K), np.float32)
@@ -228,66 +211,160 @@ def data_targets(rows, words, idf, K, temperature):
     return indices, probs
 
 
-PROMPT = ('This text: "', '" means in one word: "')                        # OURS, in the manner of PromptEOL
+PROMPT = 'This text: "{}" means in one word: "'      # OURS, in the manner of PromptEOL (arXiv 2307.16645)
 
 
-def model_targets(config, tokens, words, model, tok, K, sample=2048):
-    """-> function(list of n id arrays) -> indices (n,K), probs (n,K): what the frozen causal backbone sees.
+@torch.no_grad()
+def predict(ids, model, tok):
+    """list of n id arrays -> log p (n,V): what the backbone, frozen and causal, predicts after a one-word prompt
+    around each text."""
+    before, after = PROMPT.split("{}")
+    before, after = tok(before)["input_ids"], tok(after, add_special_tokens=False)["input_ids"]
+    special, H = set(tok.all_special_ids), head(model)
+    rows = [before + [i for i in text.tolist() if i not in special] + after for text in ids]
+    out = torch.empty(len(rows), len(H.weight))
+    for part in blocks(sorted(range(len(rows)), key=lambda n: len(rows[n])), 32):          # of like lengths
+        x = hidden_states(model, *(batch := pad([rows[n] for n in part], tok.pad_token_id, model.device)))
+        out[part] = F.log_softmax(H(pool(x, batch[1], "last")).float(), -1).cpu()
+    return out
+
+
+def model_targets(log_p, usual, words, K, temperature):
+    """log p (n,V), usual (V,) its mean over texts -> indices (n,K), probs (n,K): the words that the backbone
+    predicts for this text and not for texts in general.
 
         r_b(v) = log p(v | b) - mean_b' log p(v | b'),      q_b = softmax of the K largest r_b / temperature
 
-    over canonical words v, each as its best variant. log p(v | b) is, for a large model, the next token after
-    a one-word prompt; for a small one, which can not follow a prompt, the mean over positions of
-    log p(v | prefix). What is subtracted is predicted for *every* text. PAPER: "model-derived": tokens
-    *beyond* the text. OURS: the rest, and the mean over 2,048 texts."""
-    large = sum(p.numel() for p in model.parameters()) > 1e9
-    device, special = model.device, set(tok.all_special_ids)
-    before, after = tok(PROMPT[0])["input_ids"], tok(PROMPT[1], add_special_tokens=False)["input_ids"]
-    canon = torch.from_numpy(words.canon).to(device)
+    A word scores the maximum over its variants. PAPER: "model-derived": tokens *beyond* the text. OURS: the rest."""
+    canonical_id = torch.from_numpy(words.canonical_id)
+    r = (log_p - usual).masked_fill(canonical_id < 0, -torch.inf)                                     # (n,V)
+    to = canonical_id.clamp_min(0).expand_as(r)
+    r, i = torch.full_like(r, -torch.inf).scatter_reduce_(1, to, r, "amax").topk(K, 1)                # (n,K)
+    p = F.softmax(r / temperature, 1)
+    return i.int().masked_fill(p == 0, -1).numpy(), p.numpy()
 
-    @torch.no_grad()
-    def log_p(row):                                                        # (T,) ids -> (V,)
-        ids = before + [i for i in row.tolist() if i not in special] + after if large else row.tolist()
-        ids = torch.tensor([ids], device=device)
-        z = model(input_ids=ids, use_cache=False, logits_to_keep=int(large)).logits[0]            # (T or 1,V)
-        return F.log_softmax(z.float(), -1).mean(0)
 
-    some = order_of_texts(config.seed, 0, len(tokens.start) - 1)[:sample]
-    some = [n for n in some if len(tokens.text(n))]
-    expected = sum(log_p(tokens.text(n)).double() for n in tqdm(some, "corpus mean")) / max(1, len(some))
+def build_targets(config, tokens, words, model, tok, target_fn=None):
+    """Targets of the texts that training reads, made once and kept on disk. `model` is the backbone, frozen
+    and causal; target_fn: a function list of n id arrays -> indices (n,k), probs (n,k) of an experiment."""
+    N, V, K = len(tokens), len(words.canonical_id), config.top_k
+    if K > V:
+        raise Error(f"--top-k: expected at most the size of the vocabulary, {V}, got {K}")
+    # whole groups of batches from the first epoch: see bucketed_batch
+    n_seen = min(N, -(-config.steps // BUCKET) * BUCKET * config.batch_size)
+    seen = np.sort(epoch_permutation(config.seed, 0, N)[:n_seen])
 
-    def rows_of(rows):
-        r = torch.stack([log_p(row) if len(row) else expected.float() - torch.inf for row in rows])
-        r -= expected.float()                                              # (n,V)
-        r.masked_fill_(canon < 0, -torch.inf)
-        to = canon.clamp_min(0).expand_as(r)                           # a word scores as its best variant
-        r = torch.full_like(r, -torch.inf).scatter_reduce_(1, to, r, "amax")
-        r, i = r.topk(K, 1)
-        p = F.softmax(r / config.temperature, 1).masked_fill(r == -torch.inf, 0)
-        return i.int().masked_fill(r == -torch.inf, -1).cpu().numpy(), p.cpu().numpy()
-    return rows_of
+    def write(folder):
+        from_text = target_fn or method_targets(config, tokens, words, model, tok)
+        indices = np.lib.format.open_memmap(folder / "indices.npy", "w+", np.int32, (N, K))
+        probs = np.lib.format.open_memmap(folder / "probs.npy", "w+", np.float32, (N, K))
+        indices[:], probs[:] = -1, 0
+        mean, negative_entropy, valid = np.zeros(V), 0.0, 0
+        with tqdm(total=len(seen), desc="targets", unit=" texts") as bar:
+            for block in blocks(seen.tolist(), 256):
+                i, p = from_text([tokens[n] for n in block])                                         # (n,K)
+                if i.shape[1] > K:
+                    raise Error(f"targets: expected at most top_k = {K} tokens a text, got {i.shape[1]}")
+                indices[block, :i.shape[1]], probs[block, :i.shape[1]] = i, p
+                mean += np.bincount(i[i >= 0], p[i >= 0], V)
+                negative_entropy += (p * np.log(np.maximum(p, 1e-30))).sum(dtype=np.float64)
+                valid += (i >= 0).any(1).sum()
+                bar.update(len(block))
+        if not valid:
+            raise Error("--corpus: expected words to learn from, but no text has a single target token: "
+                        "is it text, in a language that the tokenizer knows?")
+        mean /= valid
+        # mean_b KL(q_b || m) = mean_b sum q_b log q_b - sum m log m
+        np.save(folder / "marginal_kl.npy",
+                negative_entropy / valid - (mean * np.log(np.maximum(mean, 1e-30))).sum())
+    def read(folder, mmap_mode="r"):
+        arrays = (np.load(folder / f"{x}.npy", mmap_mode) for x in ("indices", "probs"))
+        return Targets(*arrays, float(np.load(folder / "marginal_kl.npy")))
+
+    if target_fn:                                                      # not kept: its name says nothing of it
+        with tempfile.TemporaryDirectory() as folder:
+            write(Path(folder))
+            return read(Path(folder), None)
+    of_model = [str(model.dtype), origin(config.backbone)] if config.method != "data" else []
+    made_by = source_hash(read_vocabulary, find_words, document_frequency, data_targets, predict, model_targets,
+                          method_targets, build_targets)
+    return read(cached("targets", hash_of(made_by, tokens.folder.name, config.method, K, config.temperature,
+                                          config.seed, n_seen, of_model), write))
+
+
+def method_targets(config, tokens, words, model, tok):
+    """-> the function of --method: list of n id arrays -> indices (n,K), probs (n,K)."""
+    K, T = config.top_k, config.temperature
+    if config.method in ("data", "both"):
+        idf = np.log(len(tokens) / np.maximum(1, document_frequency(tokens, words)))
+    if config.method in ("model", "both"):
+        sample = [tokens[n] for n in epoch_permutation(config.seed, 0, len(tokens))[:1024]]
+        usual = torch.stack([predict(part, model, tok).mean(0) for part in blocks(tqdm(sample, "usual"), 64)]).mean(0)
+    if config.method == "data":
+        return lambda ids: data_targets(ids, words, idf, K, T)
+    if config.method == "model":
+        return lambda ids: model_targets(predict(ids, model, tok), usual, words, K, T)
+
+    def both(ids):
+        # OURS: an even mixture, K/2 tokens from each side; a token on both sides has both weights
+        sides = (data_targets(ids, words, idf, K // 2, T),
+                 model_targets(predict(ids, model, tok), usual, words, K // 2, T))
+        i, p = (torch.from_numpy(np.concatenate(x, 1)) for x in zip(*sides))
+        return [x.numpy() for x in coalesce(i, p / p.sum(1, keepdim=True).clamp_min(1e-30))]
+    return both
 
 
 # ------------------------------------------------------------------------------------------------ 3. embedder
-# backbone.py reads a model from disk, proves that it looks where it should, and finds its head: x (B,T,C) =
-# states(model, ids, mask) is what the model hands to its head, head(model)(x) are its logits (B,T,V).
-#
-# OURS: for token targets x becomes, by backbone.first_last, half that and half the token's embedding e:
-# x = (last + c e) / 2, c (model.config.first) for halves of one length: what a token is, and what the text
-# makes of it. Where head and embedding are one table, c e already speaks to the head; where they are two, no
-# such sum unless asked for (--pooling first-last).
+class Head(NamedTuple):
+    """z = softcap * tanh(scale * (h W' + b) / softcap), as the model itself applies it."""
+    weight: torch.Tensor                    # (V,C)
+    bias: torch.Tensor | None               # (V,)
+    scale: float = 1.0                      # Cohere, Granite
+    softcap: float | None = None            # Gemma 2
 
-def pool(x, mask, how):
-    """x (B,T,C), mask (B,T) -> (B,C), whichever side the padding is on."""
-    if how != "last":
-        m = mask[:, :, None].to(x.dtype)
-        return (x * m).sum(1) / m.sum(1).clamp_min(1)
-    last = mask.shape[1] - 1 - mask.flip(1).argmax(1)                 # (B,) the last place that is no padding
-    return x[torch.arange(len(x), device=x.device), last]
+    def __call__(self, h):                  # (...,C) -> (...,V)
+        return scale_and_cap(F.linear(h.to(self.weight.dtype), self.weight, self.bias), self.scale, self.softcap)
+
+
+def scale_and_cap(z, scale, softcap):
+    z = z * scale if scale != 1 else z
+    return softcap * torch.tanh(z / softcap) if softcap else z
+
+
+def head(model):
+    """The Head of a causal language model: of its last states, what model(...).logits holds (check_head)."""
+    c, out = model.config.get_text_config(), model.get_output_embeddings()
+    scale = getattr(c, "logit_scale", None) or 1 / (getattr(c, "logits_scaling", None) or 1)
+    softcap = getattr(c, "final_logit_softcapping", None)
+    return Head(out.weight, getattr(out, "bias", None), float(scale), softcap)
+
+
+def load_backbone(name, attention, dtype=torch.float32, option="--backbone"):
+    """-> (causal language model, tokenizer): its attention is the one asked for and its head is ours, or Error."""
+    model, tok = read_backbone(name, attention, dtype, option)
+    check_head(model, head(model), option)
+    return model, tok
+
+
+def hidden_states(model, ids, mask):
+    """ids (B,T), mask (B,T) -> x (B,T,C): what the model hands to its head."""
+    # On a CPU, torch's fused attention has a slow backward pass: a third of a step on short texts.
+    plain = ids.device.type == "cpu" and torch.is_grad_enabled()
+    with sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():
+        return model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+
+
+def pool(x, mask, pooling):
+    """x (B,T,C), mask (B,T) -> h (B,C) float32, whichever side the padding is on."""
+    if pooling == "mean":
+        m = mask[:, :, None].float()                                                               # (B,T,1)
+        return (x.float() * m).sum(1) / m.sum(1).clamp_min(1)
+    last = mask.shape[1] - 1 - mask.flip(1).argmax(1)              # (B,) the last position that is no padding
+    return x[torch.arange(len(x), device=x.device), last].float()
 
 
 def pad(ids, pad_id, device="cpu"):
-    """list of B id arrays -> ids (B,T), mask (B,T), padded on the right"""
+    """list of B id arrays -> ids (B,T), mask (B,T), padded on the right."""
     mask = torch.zeros(len(ids), max(map(len, ids)), dtype=torch.long)
     out = torch.full_like(mask, pad_id)
     for b, row in enumerate(ids):
@@ -296,102 +373,91 @@ def pad(ids, pad_id, device="cpu"):
 
 
 class Embedder:
-    """A model in use: h = pool(f(x)), and h W, the vectors that SentenceTransformer(folder).encode gives.
+    """A model in use. s (`scale`) stands before the head; mean (C,), over texts of the corpus, serves the
+    sparse vectors."""
 
-    W (C,C) makes the spectrum of embeddings flatter: see whiten; scale is s in z = head(s h); top_k, floor
-    and usual (2,V) belong to sparse vectors: see lexical.py. W, floor and usual are measured at the end."""
-
-    word_head, strongest, sparse = lexical.word_head, lexical.strongest, lexical.sparse
-    measure_usual, explain = lexical.measure_usual, lexical.explain
-
-    def __init__(self, model, tok, pooling, max_length, W=None, scale=1.0, top_k=64, floor=0.0,
-                 usual=None):
+    def __init__(self, model, tok, pooling="mean", max_length=128, scale=1.0, top_k=64, mean=None):
         self.model, self.tok, self.pooling, self.max_length = model, tok, pooling, max_length
-        self.W, self.scale, self.top_k, self.floor, self.usual = W, scale, top_k, floor, usual
+        self.scale, self.top_k, self.mean = scale, top_k, mean
 
     @classmethod
     def load(cls, folder, device="cpu"):
-        """A checkpoint of `train`; any other causal model is read as it is: causal, mean over 128 tokens."""
-        path = Path(folder) / "t2t.json"
-        facts = json.loads(path.read_text()) if path.exists() else {}
-        made = facts.get("config", {})
-        model, tok = load_backbone(str(folder), made.get("attention", "causal"))
-        return cls(model.to(device), tok, made.get("pooling", "mean"), made.get("max_length", 128),
-                   disk.read_dense(path.parent, model) if made else None, facts.get("scale", 1.0),
-                   made.get("top_k", 64), facts.get("floor", 0.0), disk.read_usual(path.parent))
+        """A checkpoint of `train`. Any other causal model is read as it is: causal, mean over tokens."""
+        facts = folders.read_facts(folder)
+        used = facts.get("config", {})
+        model, tok = load_backbone(str(folder), used.get("attention", "causal"))
+        return cls(model.to(device), tok, used.get("pooling", "mean"), facts.get("max_length", 512),
+                   facts.get("scale", 1.0), used.get("top_k", 64), folders.read_mean(folder))
 
     def encode(self, texts, batch_size=64):
-        """list of N str -> (N,C) float32, not normalised. A text without a token gives zeros."""
-        h = self.pooled(self.ids(texts), batch_size)
-        return h if self.W is None else h @ self.W
+        """list of N str -> (N,C) float32, rows of length 1. A text without a token gives zeros."""
+        return F.normalize(self.pooled(self.token_ids(texts), batch_size), dim=1).numpy()
 
-    def ids(self, texts):
+    def token_ids(self, texts):
         if isinstance(texts, str):
             raise TypeError("encode: expected a list of texts, got one text: pass [text]")
         return tokenize(self.tok, list(texts), self.max_length)
 
-    @property
-    def head(self):
-        return head(self.model)
-
-    def places(self, row):
-        """(T,) ids -> (T,C): the state at each place."""
-        return states(self.model, *pad([row], self.tok.pad_token_id, self.model.device))[0]
-
     @torch.no_grad()
     def pooled(self, ids, batch_size=64):
-        """list of N id lists -> (N,C) float32: h, before W; of which the head reads s h."""
-        h = np.zeros((len(ids), self.head.weight.shape[1]), np.float32)
+        """list of N id lists -> h (N,C) float32."""
+        h = torch.zeros(len(ids), head(self.model).weight.shape[1])
         order = sorted((n for n in range(len(ids)) if len(ids[n])), key=lambda n: -len(ids[n]))
-        for rows in blocks(order, batch_size):                             # of like lengths: less padding
+        for rows in blocks(order, batch_size):                         # of like lengths: less padding
             part, mask = pad([ids[n] for n in rows], self.tok.pad_token_id, self.model.device)
-            h[rows] = pool(states(self.model, part, mask).float(), mask, self.pooling).cpu().numpy()
+            h[rows] = pool(hidden_states(self.model, part, mask), mask, self.pooling).cpu()
         return h
 
     @torch.no_grad()
     def logits(self, h):
-        """(N,C) float32 -> (N,V) float32: z = head(s h), by which a vector lights up tokens."""
-        h = torch.from_numpy(h).to(self.head.weight)
-        return self.head(self.scale * h).float().cpu()
+        """h (N,C) -> z (N,V) float32: z = head(s h), by which a vector lights up tokens."""
+        return head(self.model)((self.scale * h).to(self.model.device)).float().cpu()
 
     @functools.cached_property
     def words(self):
-        return read_vocabulary(self.tok, len(self.head.weight))
+        return read_vocabulary(self.tok, len(head(self.model).weight))
 
     @functools.cached_property
     def variants(self):
         """(V,) the one id for all variants of a word; a token that is no word has its own."""
-        canon = self.words.canon
-        return torch.from_numpy(np.where(canon >= 0, canon, np.arange(len(canon))))
+        canonical_id = self.words.canonical_id
+        return torch.from_numpy(np.where(canonical_id >= 0, canonical_id, np.arange(len(canonical_id))))
 
-    @torch.no_grad()
-    def tokens(self, texts, k=10):
-        """list of str -> for each the k tokens it lights up, [(token, probability)]; variants are one."""
-        p = F.softmax(self.logits(self.pooled(self.ids(texts))), -1)                                 # (N,V)
+    def top_tokens(self, texts, k=10):
+        """list of N str -> for each the k tokens it lights up, [(token, probability)]; variants are one."""
+        p = F.softmax(self.logits(self.pooled(self.token_ids(texts))), -1)                          # (N,V)
         p, i = torch.zeros_like(p).index_add_(1, self.variants, p).topk(k, 1)
         name = lambda v: self.words.text[v] or repr(self.tok.decode([v]))  # a space would show as nothing
         return [[(name(v), w) for v, w in zip(*row)] for row in zip(i.tolist(), p.tolist())]
 
+    def sparse(self, texts, k=None):
+        """list of N str -> y (N,V), rows of length 1: the k tokens (top_k) that a text lights up more than
+        texts do on average, the others 0:
 
-def whiten(h, power, ridge=0.01):
-    """h (N,C) -> W (C,C) float32, symmetric: h W spreads over the directions that h uses unevenly.
+            y = max(0, W (h - mean h)),            W: the weight of the head, the mean over texts of the corpus
 
-        S = mean_n u_n u_n',  u = h / |h|, in units of its mean eigenvalue,       W = (S + ridge I)^(-power/2)
+        The vectors of SparseEncoder(folder/sparse). OURS: the abstract has no sparse vectors. What is
+        subtracted is predicted for every text and tells none apart."""
+        h, H = self.pooled(self.token_ids(texts)), head(self.model)                                 # (N,C)
+        with torch.no_grad():
+            y = F.linear((h - (0 if self.mean is None else self.mean)).to(H.weight), H.weight).float().cpu()  # (N,V)
+        top = y.clamp_min(0).topk(min(k or self.top_k, y.shape[1]), 1)
+        return F.normalize(torch.zeros_like(y).scatter_(1, top.indices, top.values), dim=1)
 
-    power 1: all directions nearly alike; 0: W = I. Fewer than 4 C texts are believed less: a larger ridge.
+    def explain(self, a, b, k=None):
+        """Why are two texts alike? -> cosine of their sparse vectors, [(word, its part of it)], largest first.
 
-    OURS: predicting words leaves a few large directions, shared by all texts (the first is nearly the mean of
-    all), which drown in a cosine what tells texts apart. Whitening as in arXiv 2103.15316, not centred."""
-    u = F.normalize(torch.from_numpy(h).double(), dim=1)
-    N, C = h.shape
-    ridge *= max(1, 4 * C / N) ** 2
-    eigenvalues, E = torch.linalg.eigh(u.T @ u / N)
-    eigenvalues = eigenvalues.clamp_min(0) / eigenvalues.mean() + ridge
-    return (E * eigenvalues ** (-power / 2) @ E.T).float().numpy()
+            cos(y_a, y_b) = sum_v y_a(v) y_b(v)"""
+        y = self.sparse([a, b], k)                                                                  # (2,V)
+        parts = torch.zeros(y.shape[1]).index_add_(0, self.variants, y[0] * y[1])      # of a word, as one
+        order = parts.argsort(descending=True)[:int((parts > 0).sum())].tolist()
+        return parts.sum().item(), [(self.words.text[v] or repr(self.tok.decode([v])), parts[v].item())
+                                    for v in order]
 
 
 # ---------------------------------------------------------------------------------------------------- 4. loss
-# Each operation stands here as a few lines of torch, its specification, and in csrc/ for the speed of memory.
+# Each operation stands here as a few lines of torch, its specification, and in csrc/ as a kernel that is as fast
+# as memory allows.
 REDUCTIONS = ["none", "mean", "sum"]
 
 
@@ -402,8 +468,9 @@ def vocab_kl(logits, indices, probs, reduction="mean", impl="auto", inplace=Fals
 
     logits (N,V), indices (N,K) int, probs (N,K) -> () for "mean" and "sum", (N,) for "none". Index -1 is
     padding; duplicates add up; p need not sum to 1. A row without a target gives 0 and is not in the mean.
-    `check` validates the values of indices and probs (default: on CPU; a GPU would have to wait). `inplace`
-    allows writing the gradient over logits, if they are not a leaf; this implementation never does."""
+    `check` validates the values of indices and probs (default: on a CPU; on a GPU this would force a
+    synchronisation). `inplace` allows writing the gradient over logits, if they are not a leaf; this
+    implementation never does. ValueError on wrong arguments."""
     check_targets("logits", logits, logits.shape[-1], indices, probs, reduction, impl, check)
     if inplace and logits.is_leaf and logits.requires_grad and torch.is_grad_enabled():
         raise ValueError("vocab_kl: logits: expected the result of an operation for inplace=True, got a leaf "
@@ -411,7 +478,7 @@ def vocab_kl(logits, indices, probs, reduction="mean", impl="auto", inplace=Fals
     if compiled(impl, logits.device.type):
         op = torch.ops.t2t.vocab_kl_ if inplace else torch.ops.t2t.vocab_kl
         return op(logits, indices, probs, REDUCTIONS.index(reduction))
-    i, p = merge(indices, probs)
+    i, p = coalesce(indices, probs)
     x = logits if logits.dtype == torch.float64 else logits.float()
     p = p.to(x.dtype)
     x = x - x.detach().amax(1, keepdim=True)                           # largest is 0: no overflow, and a big
@@ -436,7 +503,7 @@ def linear_vocab_kl(hidden, weight, indices, probs, bias=None, reduction="mean",
                                              REDUCTIONS.index(reduction), scale, softcap, chunk)
 
     def rows(h, i, p, W, b):
-        return vocab_kl(cap(F.linear(h, W, b), scale, softcap), i, p, "none", "torch", check=False)
+        return vocab_kl(scale_and_cap(F.linear(h, W, b), scale, softcap), i, p, "none", "torch", check=False)
 
     chunks = zip(hidden.split(chunk), indices.split(chunk), probs.split(chunk))
     loss = torch.cat([recomputed(rows, *x, weight, bias, use_reentrant=False, preserve_rng_state=False)
@@ -450,9 +517,77 @@ def reduce(loss, valid, reduction):
     return loss.sum() / (valid.sum().clamp_min(1) if reduction == "mean" else 1)
 
 
+def coalesce(indices, probs):
+    """(N,K), (N,K) -> the same targets, each index once a row, its p added up; freed places hold -1 and 0."""
+    i, order = indices.long().sort(1)
+    p = probs.masked_fill(indices < 0, 0).gather(1, order)
+    place = F.pad(i[:, 1:] != i[:, :-1], (1, 0)).cumsum(1)             # (N,K) distinct indices before this
+    return torch.full_like(i, -1).scatter_(1, place, i), torch.zeros_like(p).scatter_add_(1, place, p)
+
+
+def scatter_targets(indices, probs, V=None, out=None, impl="auto", check=None):
+    """Sparse targets as dense rows: q (N,V) of the type of probs, or, added to `out` (N,V) in place, out."""
+    V = V if out is None else out.shape[1]
+    rows = probs.new_empty(len(probs), 0) if out is None else out
+    check_targets("out", rows, V, indices, probs, "none", impl, check)
+    if compiled(impl, probs.device.type):
+        if out is None:
+            return torch.ops.t2t.scatter_targets(indices, probs, V)
+        torch.ops.t2t.scatter_targets_(out, indices, probs)
+        return out
+    A = torch.float64 if rows.dtype == torch.float64 else torch.float32
+    q = torch.zeros(len(rows), V + 1, dtype=A, device=rows.device)     # column V takes what is padding
+    q = q.scatter_add_(1, indices.long().where(indices >= 0, V), probs.to(A))[:, :V]
+    return q.to(probs.dtype) if out is None else out.copy_(q.add_(out))
+
+
+def check_targets(name, rows, V, indices, probs, reduction, impl, check):
+    """ValueErrors that name the argument, what was expected and what came."""
+    op = {"logits": "vocab_kl", "hidden": "linear_vocab_kl", "out": "scatter_targets"}[name]
+
+    def expect(ok, what, expected, got):
+        if not ok:
+            raise ValueError(f"{op}: {what}: expected {expected}, got {got}")
+    expect(reduction in ("mean", "sum", "none"), "reduction", "mean, sum or none", reduction)
+    expect(impl in ("auto", "torch", "ext"), "impl", "auto, torch or ext", impl)
+    got = tuple(rows.shape), rows.dtype
+    expect(rows.ndim == 2 and rows.is_floating_point(), name, "a floating-point matrix", got)
+    shape, N = tuple(indices.shape), len(rows)
+    expect(indices.ndim == 2 and shape[0] == N and shape[1] > 0, "indices", f"({N}, K), K > 0", shape)
+    expect(indices.dtype in (torch.int32, torch.int64), "indices", "int32 or int64", indices.dtype)
+    expect(probs.shape == indices.shape, "probs", f"{shape}, as indices", tuple(probs.shape))
+    expect(probs.is_floating_point(), "probs", "a floating-point type", probs.dtype)
+    expect(not probs.requires_grad, "probs", "constants", "requires_grad=True")
+    check = rows.device.type == "cpu" and not torch.compiler.is_compiling() if check is None else check
+    if check and indices.numel():
+        low, high = (x.item() for x in indices.aminmax())
+        expect(-1 <= low and high < V, "indices", f"-1 to V - 1 = {V - 1}", f"{low} to {high}")
+        low, high = (x.item() for x in probs.aminmax())                # NaN is neither
+        expect(low >= 0 and high < math.inf, "probs", "finite and not negative", f"{low} to {high}")
+
+
 # ------------------------------------------------------------------------------------------------ 5. training
-# corpus.batch_of says which texts a step reads: each once an epoch (less what does not fill a batch), those
-# of like length together, except for simcse, which would tell texts apart by their length.
+BUCKET = 16                                  # so many batches share texts of like length
+
+
+@functools.lru_cache(2)
+def epoch_permutation(seed, epoch, N):
+    return np.random.default_rng((seed, epoch)).permutation(N)
+
+
+def bucketed_batch(step, seed, lengths, B, bucket=BUCKET):
+    """-> (B,) the numbers of the texts of a step: a function of (seed, step) alone, so a resumed run keeps the order.
+
+    An epoch is a permutation of the texts; its last, incomplete batch is dropped. Within each bucket of 16
+    batches, texts of like length go together: less padding."""
+    per_epoch = len(lengths) // B
+    epoch, i = divmod(step, per_epoch)
+    first = i // bucket * bucket
+    n = min(bucket, per_epoch - first)                                 # batches in this bucket
+    texts = epoch_permutation(seed, epoch, len(lengths))[first * B:(first + n) * B]
+    texts = texts[np.argsort(lengths[texts], kind="stable")].reshape(n, B)
+    return texts[np.random.default_rng((seed, epoch, first)).permutation(n)[i - first]]
+
 
 def learning_rate(step, steps, peak):
     """OURS: linear warm-up over a tenth of the steps, then a cosine down to a tenth of the peak."""
@@ -461,60 +596,83 @@ def learning_rate(step, steps, peak):
     return peak * min((step + 1) / warm, cosine)
 
 
-# OURS. DROPOUT: share of input tokens left out (data, model, both), of attention (simcse), masked (mntp).
-DROPOUT = {"data": 0.2, "model": 0.2, "both": 0.2, "simcse": 0.3, "mntp": 0.2}
-RATE = {"data": 4e-3, "model": 4e-3, "both": 4e-3, "simcse": 3e-5, "mntp": 3e-4}      # without adapters
+def make_trainable(model, rank, seed):
+    """What learns: LoRA adapters on every linear map between embedding and head, or (rank 0) all weights there.
 
-# What a step minimises is a generator of (loss to show, loss to descend), a pair for each micro-batch
-# (ids, mask) in `batch`, so that the graph of one is gone before the next; baselines.py has the others.
+    PAPER: the head reads tokens off the representation. OURS: it stays as pretrained, and so does the
+    embedding, so that a tied pair stays tied and words that no text has keep their place among the others."""
+    if rank:
+        torch.manual_seed(seed)
+        model = peft.get_peft_model(model, peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
+    for part in (model.get_input_embeddings(), model.get_output_embeddings()):
+        part.requires_grad_(False)
+    return model
 
 
-def predict_targets(read, batch, H, impl, indices, probs, scale, token_loss, words):
-    """Text2Token: L = mean_b KL(q_b || softmax(head(s h_b))), and a loss at single tokens.
+SCALES = [round(float(s), 4) for s in np.geomspace(0.05, 20, 53)]
 
-    OURS: states are of about one length (a norm is the last step of a model), so the mean of n different ones
-    is about sqrt(n) shorter: too short for a peaked softmax, unless all say the same. s gives length back.
 
-    read(ids (b,T), mask (b,T)) -> x (b,T,C), h (b,C); indices and probs (B,K): of the whole batch."""
+@torch.no_grad()
+def measure_scale(h, H, indices, probs):
+    """h (N,C) of the untrained model, Head, targets (N,K) -> s, with which the loss is least.
+
+    OURS: the mean of many different states is shorter than each of them, and how long states are differs from
+    model to model. s makes up for both, so that no other setting depends on a model's norms."""
+    losses = [vocab_kl(H(s * h).float(), indices, probs, check=False).item() for s in SCALES]
+    return SCALES[int(np.argmin(losses))]
+
+
+def target_loss(batch, read, H, scale, indices, probs, vocabulary, impl):
+    """The loss of a batch -> for each micro-batch its part (to descend) and the KL alone (to show), so that the
+    graph of one is gone before the next is made:
+
+        L = mean_b KL(q_b || softmax(head(s h_b))) + mean_b 1/8 sum_t -log softmax(head(x_bt))[w_bt]
+
+    OURS: the second term, at up to eight positions t of a text that hold a word w. The mean of many states can
+    fit a text's targets while each single state forgets its word; such embeddings know the topic and lose the
+    words. batch: list of (ids, mask) (b,T); indices and probs (B,K): of the whole batch."""
     B, valid, first = len(indices), (indices >= 0).any(1).sum().clamp_min(1), 0
     for ids, mask in batch:
         rows = slice(first, first := first + len(ids))
-        x, h = read(ids, mask)
-        L = linear_vocab_kl(scale * h, H.weight, indices[rows], probs[rows], H.bias, "sum", impl, False,
-                            H.scale, H.softcap) / valid
-        single = single_tokens(x, ids, mask, words, H, impl) * token_loss / B if token_loss else 0
-        yield L.detach(), L + single
+        x, h = read(ids, mask)                                                                # (b,T,C), (b,C)
+        text, t, w = word_positions(ids, mask, vocabulary)                                                # (n,)
+        # one call for both terms, so that the head's weights are read once: b texts, then n single words
+        hidden = torch.cat([(scale * h).to(H.weight.dtype), x[text, t].to(H.weight.dtype)])           # (b+n,C)
+        i = torch.cat([indices[rows], F.pad(w[:, None], (0, indices.shape[1] - 1), value=-1)])        # (b+n,K)
+        p = torch.cat([probs[rows], F.pad(torch.ones_like(w[:, None], dtype=probs.dtype), (0, probs.shape[1] - 1))])
+        L = linear_vocab_kl(hidden, H.weight, i, p, H.bias, reduction="none", impl=impl, check=False,
+                            scale=H.scale, softcap=H.softcap)                                           # (b+n,)
+        kl, single = L[:len(ids)].sum() / valid, L[len(ids):].sum() / WORDS_A_TEXT / B
+        yield kl + single, kl.detach()
 
 
-def single_tokens(x, ids, mask, words, H, impl, a_text=8):
-    """The same loss where text and target are one token. At up to eight places t of a text that hold a word,
-    x_t predicts its canonical form w_t:         sum_b sum_t -log softmax(head(x_bt))[w_bt] / 8
-
-    OURS: the mean of many states can fit a text's targets while each single state forgets its word; such
-    embeddings know the topic and lose the words. x (B,T,C), ids and mask (B,T), words: canon, glued and open
-    of Words as tensors (V,) -> ()."""
-    canon, glued, opened = words
-    inside = F.pad(glued[ids[:, 1:]] & opened[ids[:, :-1]], (1, 0))    # (B,T) find_words, of what is left
-    word = (canon[ids] >= 0) & (mask > 0) & ~inside
-    every = ((word.sum(1, keepdim=True) + a_text - 1) // a_text).clamp(min=1)  # (B,1) take each n-th word
-    b, t = (word & ((word.cumsum(1) - 1) % every == 0)).nonzero(as_tuple=True)
-    return token_nll(x[b, t], canon[ids[b, t]], H, impl) / a_text
+WORDS_A_TEXT = 8
 
 
-def token_nll(x, v, H, impl):
-    """-sum_n log softmax(head(x_n))[v_n]: the loss with one target a row. x (N,C), v (N,) -> ()"""
-    one = torch.ones(len(v), 1, device=x.device)
-    return linear_vocab_kl(x, H.weight, v[:, None], one, H.bias, "sum", impl, False, H.scale, H.softcap)
+def word_positions(ids, mask, vocabulary):
+    """ids (b,T), mask (b,T) -> text, t, w (n,): at position t of a text stands, or begins, the word w. At most
+    eight a text, evenly spread. vocabulary: Words, as tensors."""
+    inside = F.pad(vocabulary.is_continuation[ids[:, 1:]] & vocabulary.ends_in_letter[ids[:, :-1]], (1, 0))
+    word = (vocabulary.canonical_id[ids] >= 0) & (mask > 0) & ~inside                                     # (b,T)
+    every = ((word.sum(1, keepdim=True) + WORDS_A_TEXT - 1) // WORDS_A_TEXT).clamp(min=1)                 # (b,1)
+    text, t = (word & ((word.cumsum(1) - 1) % every == 0)).nonzero(as_tuple=True)
+    return text, t, vocabulary.canonical_id[ids[text, t]]
 
 
-def leave_out(ids, share, special):
-    """(T,) ids -> (1 - share) T of them, in order, with all that are in `special` and at least one that is
-    not. OURS: the target is that of the whole text, so that words must be inferred from others: a step
-    towards tokens *beyond* it."""
-    stays = np.isin(ids, special)
-    order = np.argsort(torch.rand(len(ids)).numpy() + stays)           # specials last
-    out = min(round(share * len(ids)), len(ids) - stays.sum() - 1)
-    return ids[np.sort(order[max(0, out):])] if share else ids
+def settle(config):
+    """Config with None and "auto" replaced by what this machine and this method use."""
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise Error("--device cuda: expected a GPU that torch can use, found none: pass --device cpu")
+    device = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        computes_bfloat16 = torch.cuda.is_bf16_supported()
+    else:                                                              # AVX512-BF16, AMX; others emulate it
+        computes_bfloat16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    dtype = "bfloat16" if config.dtype == "auto" and computes_bfloat16 else config.dtype
+    return replace(config, device=device, dtype="float32" if dtype == "auto" else dtype,
+                   impl=choose(config.impl, device) if config.method in TARGETS else "torch",
+                   lr=DEFAULT_LR[config.method] if config.lr is None else config.lr,
+                   micro_batch=min(config.micro_batch, config.batch_size))
 
 
 def train(config, targets=None, on_step=None):
@@ -522,141 +680,122 @@ def train(config, targets=None, on_step=None):
 
     targets: function(list of n id arrays) -> indices (n,k), probs (n,k), k <= top_k, instead of the method's
     on_step: function(step, embedder), called after every step"""
-    t0, out = time.time(), Path(checked(config).out)
-    if not config.show_targets:
-        out = disk.start_folder(out, config.resume)
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise Error("--device cuda: expected a GPU that torch can use, found none: pass --device cpu")
-    device = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
-    bf16 = config.dtype == "bfloat16" or (
-        config.dtype == "auto" and device == "cuda" and torch.cuda.is_bf16_supported())
-    torch.manual_seed(config.seed)
+    began, asked = time.time(), checked(config)
+    config = settle(asked)
+    out = None if config.show_targets else folders.start(config)
+    device, dtype = config.device, getattr(torch, config.dtype)
 
-    # ---- text and targets, by the backbone as it was pretrained
-    model, tok = load_backbone(config.backbone, "causal", torch.bfloat16 if bf16 else torch.float32)
-    V = len(head(model.to(device)).weight)
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
-    if config.max_length > most:
-        raise Error(f"--max-length: expected at most {most}, the positions of {config.backbone}, "
+    # ---- words and targets, by the backbone as it was pretrained
+    model, tok = load_backbone(config.backbone, "causal", dtype)
+    V, words = len(head(model.to(device)).weight), read_vocabulary(tok, len(head(model).weight))
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    if config.max_length > positions:
+        raise Error(f"--max-length: expected at most {positions}, the positions of {config.backbone}, "
                     f"got {config.max_length}")
-    words = read_vocabulary(tok, V)
-    targeted = config.method in ("data", "model", "both")
     if config.method != "none":
-        tokens = corpus_tokens(config.corpus, tok, config.max_length, words)
-        given = config, tokens, words, model, tok
-        if config.show_targets:
-            return show_targets(config, tokens, targets_of(*given, custom=targets), words, tok)
-        q = build_targets(*given, custom=targets) if targeted else None
-    before = Embedder(model, tok, config.pooling, config.max_length).tokens(EXAMPLES, 8)
+        tokens = tokenize_corpus(config.corpus, tok, config.max_length)
+    if config.show_targets:
+        return show_targets(config, tokens, words, tok, targets or method_targets(config, tokens, words, model, tok))
+    q = build_targets(config, tokens, words, model, tok, targets) if config.method in TARGETS else None
+    before = Embedder(model, tok, config.pooling, config.max_length).top_tokens(EXAMPLES, 8)
 
-    # ---- the embedder
-    small = sum(p.numel() for p in model.parameters()) < 1e8
-    rank = config.lora_rank if config.lora_rank >= 0 else 0 if small else 16
-    model = given = None                                               # the causal one goes, another comes
-    frozen = torch.bfloat16 if rank and bf16 else torch.float32        # what does not learn needs no more
-    option = "--init" if config.init else "--backbone"                 # again, with the attention to train
-    model = load_backbone(config.init or config.backbone, config.attention, frozen, option)[0].to(device)
+    # ---- the embedder: loaded again, with the attention to train
+    start, option = config.init or config.backbone, "--init" if config.init else "--backbone"
+    frozen = dtype if config.lora_rank and config.method != "none" else torch.float32   # what learns needs the digits
+    model = load_backbone(start, config.attention, frozen, option)[0].to(device)
     if len(head(model).weight) != V:
         raise Error(f"--init: expected a checkpoint made from {config.backbone}, got another vocabulary")
-    tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
-    first_last(model, config.pooling == "first-last" or config.pooling == "auto" and targeted and tied)
+    # OURS: in use, a text is read to 256 tokens even where training saw less
+    embedder = Embedder(model, tok, config.pooling, min(max(config.max_length, 256), positions), top_k=config.top_k)
     if config.method == "none":
-        return finish(config, Embedder(model, tok, config.pooling, config.max_length), before, t0)
-    model = make_trainable(model, rank)
-    core = model.get_base_model() if rank else model                   # without the wrapper of the adapters
-    embedder, H = Embedder(core, tok, config.pooling, config.max_length, top_k=config.top_k), head(core)
-    embedder.scale = config.scale if targeted and config.pooling != "last" else 1.0
-    tables = [torch.from_numpy(a).to(device) for a in (words.canon, words.glued, words.open)]        # (V,)
-    lengths = np.diff(tokens.start)
-
-    # ---- training
+        return finish(out, embedder, config, before=before, began=began, command=command_line(asked))
+    model = make_trainable(model, config.lora_rank, config.seed)
     params = [p for p in model.parameters() if p.requires_grad]
-    peak = config.lr or (2e-4 if rank else RATE[config.method])
-    dropout = DROPOUT[config.method] if config.dropout < 0 else config.dropout
-    contrast, absent = config.method == "simcse", dropout if targeted else 0.0
-    special = np.array(tok.all_special_ids)
-    in_precision = torch.autocast(device, torch.bfloat16, enabled=bf16)
+    core = embedder.model                                              # without the wrapper of the adapters
+    H, B, special = head(core), min(config.batch_size, len(tokens)), np.array(tok.all_special_ids)
+    vocabulary = Words(*(torch.from_numpy(a).to(device) for a in words[:3]), words.text)
 
-    def read(ids, mask):
-        x = states(core, ids, mask)                                                                  # (B,T,C)
+    def read(ids, mask):                                               # (b,T), (b,T) -> x (b,T,C), h (b,C)
+        with torch.autocast(device, torch.bfloat16, enabled=config.dtype == "bfloat16"):
+            x = hidden_states(core, ids, mask)
         return x, pool(x, mask, config.pooling)
 
-    optimizer = torch.optim.AdamW(params, lr=peak, betas=(0.9, 0.98), weight_decay=0.01)
-    at = {"step": 0, "seconds": 0.0, "cells": 0, "read": 0, "corpus": tokens.hash}     # cells: read + padding
-    if config.resume:
-        at = disk.load_state(out, config, model, optimizer, tokens.hash)
-    B = min(config.batch_size, len(lengths))
-    constant = q.constant if q else math.log(B) if contrast else entropy(tokens, special, V)
-    impl, which = choose(config.impl, device)                          # may compile: not a part of texts/s
-    begun, t1 = dict(at), time.time()
-    if config.method == "mntp":
-        blank = tok("_", add_special_tokens=False)["input_ids"][-1]                        # LLM2Vec's choice
-        nll = functools.partial(token_nll, H=H, impl=impl)
-    kind = "LoRA" if rank else "between embedding and head"
-    print(f"{sum(p.numel() for p in params):,} weights learn ({kind}), rate {peak:g}, {config.attention}; "
-          f"{len(lengths):,} texts, {config.steps} steps of {B}; {'bfloat16' if bf16 else 'float32'} on "
-          f"{device}; loss by {which}", flush=True)
-
-    log = open(out / "log.jsonl", "a" if config.resume else "w")
-    bar = tqdm(total=config.steps * B, initial=at["step"] * B, unit=" texts", desc="train")
-    with disk.between_steps() as interrupted, log, bar:
-        while at["step"] < config.steps and not interrupted:
+    # ---- training
+    optimizer = torch.optim.AdamW(params, lr=config.lr, betas=(0.9, 0.98), weight_decay=0.01)
+    run = folders.load_state(out, config, model, optimizer, tokens.hash)
+    if run is None:
+        run = {"step": 0, "seconds": 0.0, "real_tokens": 0, "padded_tokens": 0, "scale": 1.0}
+        if q:
+            some = epoch_permutation(config.seed, 0, len(tokens))[:256]                                # (n,)
+            h = embedder.pooled([tokens[n] for n in some], config.micro_batch).to(device)              # (n,C)
+            run["scale"] = measure_scale(h, H, *(torch.from_numpy(a[some]).to(device) for a in q[:2]))
+    embedder.scale, resumed, earlier = run["scale"], run["step"], run["seconds"]   # before an interruption
+    started = time.time() - earlier
+    marginal_kl = q.marginal_kl if q else math.log(B) if config.method == "simcse" else token_entropy(tokens, special, V)
+    print(f"{sum(p.numel() for p in params):,} weights learn ({'LoRA' if config.lora_rank else 'all but the head'}), "
+          f"rate {config.lr:g}, {config.attention}, s = {embedder.scale:g}; {len(tokens):,} texts, "
+          f"{config.steps} steps of {B}; {config.dtype} on {device}, loss by {config.impl}"
+          + " (python build_ext.py builds a faster one)" * (config.impl == "torch" != asked.impl), flush=True)
+    log = open(out / "state" / "log.jsonl", "a" if resumed else "w")
+    bar = tqdm(total=config.steps * B, initial=resumed * B, unit=" texts", desc="train")
+    with folders.between_steps() as interrupted, log, bar:
+        while run["step"] < config.steps and not interrupted:
             # ------------------------------------------------------------------------------ BEGIN: one step
-            torch.manual_seed(config.seed * 1_000_003 + at["step"])    # so that there is no state to keep
-            texts = batch_of(at["step"], config.seed, lengths, B, 1 if contrast else RUN)
-            loss = objective = 0.0                                     # to show, to descend
-            seen = [leave_out(tokens.text(n), absent, special) for n in texts]         # B x (T,) ids
-            batch = [pad(part, tok.pad_token_id, device) for part in blocks(seen, config.micro_batch or B)]
-            if contrast:
-                parts = simcse(read, batch, core, dropout, 0.05 * config.temperature)
+            torch.manual_seed(config.seed * 1_000_003 + run["step"])   # seeded at each step: no state to save
+            texts = bucketed_batch(run["step"], config.seed, tokens.lengths, B,
+                                   1 if config.method == "simcse" else BUCKET)                         # (B,)
+            batch = [pad([tokens[n] for n in part], tok.pad_token_id, device)
+                     for part in blocks(texts, config.micro_batch)]    # list of ids (b,T), mask (b,T)
+            if config.method == "simcse":
+                losses = simcse(batch, read, core)
             elif config.method == "mntp":
-                parts = mntp(read, batch, nll, dropout, blank, torch.from_numpy(special).to(device))
+                losses = mntp(batch, read, H, tok)
             else:
                 indices, probs = (torch.from_numpy(a[texts]).to(device) for a in q[:2])              # (B,K)
-                parts = predict_targets(read, batch, H, impl, indices, probs, embedder.scale,
-                                        config.token_loss, tables)
-            while part := in_precision(next)(parts, None):             # forward under autocast, backward not
-                part[1].backward()
-                loss, objective = loss + part[0].item(), objective + part[1].item()
-            at["cells"] += sum(ids.numel() for ids, _ in batch)
-            at["read"] += sum(int(mask.sum()) for _, mask in batch)
+                losses = target_loss(batch, read, H, embedder.scale, indices, probs, vocabulary, config.impl)
+            loss = total_loss = 0.0
+            for part, shown in losses:                                 # one for each micro-batch
+                part.backward()
+                loss, total_loss = loss + shown.item(), total_loss + part.item()
             norm = torch.nn.utils.clip_grad_norm_(params, 1.0).item()
-            if not math.isfinite(objective + norm):
-                raise Error(f"step {at['step']}: loss {loss}, gradient norm {norm}: "
-                            f"start again with a lower --lr (now {peak:g}), or --dtype float32")
+            if not math.isfinite(total_loss + norm):
+                raise Error(f"step {run['step']}: loss {loss}, gradient norm {norm}: start again with a lower "
+                            f"--lr (now {config.lr:g}), or --dtype float32")
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(at["step"], config.steps, peak)
+                group["lr"] = learning_rate(run["step"], config.steps, config.lr)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            at["step"] += 1
+            run["step"] += 1
             # -------------------------------------------------------------------------------- END: one step
-            at["seconds"] = begun["seconds"] + time.time() - t1
-            speed = (at["step"] - begun["step"]) * B / (time.time() - t1)
-            log.write(json.dumps({"step": at["step"], "loss": loss, "objective": objective,
-                                  "constant": constant, "lr": group["lr"], "grad_norm": norm,
-                                  "texts_per_s": round(speed, 1)}) + "\n")
+            run["seconds"] = time.time() - started
+            run["real_tokens"] += sum(int(mask.sum()) for _, mask in batch)
+            run["padded_tokens"] += sum(mask.numel() for _, mask in batch)
+            log.write(json.dumps({"step": run["step"], "loss": loss, "total_loss": total_loss,
+                                  "marginal_kl": marginal_kl,                                  "lr": group["lr"], "grad_norm": norm, "seconds": round(run["seconds"], 1)}) + "\n")
             log.flush()
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
             bar.update(B)
             if on_step:
-                on_step(at["step"], embedder)
-            if at["step"] % config.save_every == 0 or at["step"] == config.steps or interrupted:
-                disk.save_state(out, config, model, optimizer, **at)
-    if at["step"] < config.steps:
-        raise KeyboardInterrupt(f"stopped after step {at['step']}: add --resume to the same command to go on")
+                on_step(run["step"], embedder)
+            if run["step"] % config.save_every == 0 or run["step"] == config.steps or interrupted:
+                folders.save_state(out, config, model, optimizer, run, tokens.hash)
+    if run["step"] < config.steps:
+        raise KeyboardInterrupt(f"stopped after step {run['step']}: add --resume to the same command to go on")
 
-    # ---- what the finished embedder knows of its corpus
-    some = order_of_texts(config.seed, 0, len(lengths))[:4 * H.weight.shape[1]]               # 4 C
-    some = [tokens.text(n) for n in some]
-    if config.whitening:
-        embedder.W = whiten(in_precision(embedder.pooled)(some, config.micro_batch or B), config.whitening)
-    in_precision(embedder.measure_usual)(some[:256])
-    embedder.model = model.cpu().float().merge_and_unload() if rank else model
-    last = (out / "log.jsonl").read_text().splitlines()                # texts of like length go in runs of 16
-    return finish(config, embedder, before, t0 - begun["seconds"],
-                  loss=np.mean([json.loads(line)["loss"] for line in last[-16:]]).item(),
-                  constant=constant, texts=len(lengths), texts_seen=config.steps * B, device=device,
-                  corpus_hash=tokens.hash, padding=round(1 - at["read"] / at["cells"], 4))
+    # ---- the finished model, in float32, and what its texts have in common
+    sample = [tokens[n] for n in epoch_permutation(config.seed, 0, len(tokens))[:512]]
+    embedder.mean = embedder.pooled(sample, config.micro_batch).mean(0)                                 # (C,)
+    if config.lora_rank:                                               # the frozen weights again, with all digits
+        whole = make_trainable(load_backbone(start, config.attention)[0], config.lora_rank, config.seed)
+        for p, learned in zip([p for p in whole.parameters() if p.requires_grad], params):
+            p.data.copy_(learned)
+        embedder.model = whole.merge_and_unload()
+    embedder.model.cpu()
+    last = (out / "state" / "log.jsonl").read_text().splitlines()[-BUCKET:]      # one bucket: texts of all lengths
+    return finish(out, embedder, config, before=before, began=began - earlier, command=command_line(asked),
+                  loss=np.mean([json.loads(line)["loss"] for line in last]).item(), marginal_kl=marginal_kl,
+                  texts=len(tokens), texts_seen=config.steps * B, corpus_hash=tokens.hash,
+                  train_seconds=round(run["seconds"], 1), padding=round(1 - run["real_tokens"] / run["padded_tokens"], 4))
 
 
 # ----------------------------------------------------------------------------------------------------- 6. use
@@ -664,57 +803,35 @@ EXAMPLES = ["A dog runs after a ball in the park.", "The bank raised its interes
             "How do I reset my password?", "She plays the violin in a small orchestra."]
 
 
-def finish(config, embedder, before, t0, loss=None, **facts):
+def finish(out, embedder, config, *, before, began, loss=None, **facts):
     """Write the checkpoint, and show what was learned: the tokens that a text lights up, and those `before`,
     from the causal backbone's pooled states."""
-    from importlib.metadata import version
-    embedder.model.cpu()
-    after = embedder.tokens(EXAMPLES, 8)
-    used = dataclasses.asdict(config)
-    given = [part for k, v in used.items() for part in (flag(k), str(v))
-             if v != Config.__dataclass_fields__[k].default and k != "resume"]
-    facts = {"command": shlex.join(["python", "t2t.py", *given]), "loss": loss, **facts, "config": used,
-             "scale": embedder.scale, "floor": embedder.floor, "seconds": round(time.time() - t0, 1),
-             "threads": torch.get_num_threads(),
-             "versions": {p: version(p) for p in ("torch", "transformers", "peft", "tokenizers", "numpy")}}
-    disk.save(Path(config.out).resolve(), embedder, config, facts)
-    print()
+    after = embedder.top_tokens(EXAMPLES, 8)
+    facts |= {"loss": loss, "config": asdict(config), "scale": embedder.scale, "max_length": embedder.max_length,
+              "backbone": origin(config.backbone), "seconds": round(time.time() - began, 1),
+              "threads": torch.get_num_threads(),
+              "versions": {p: version(p) for p in ("torch", "transformers", "peft", "tokenizers", "numpy",
+                                                   "sentence-transformers")}}
+    folders.save(out, embedder, config, facts)
     line = lambda row: "  ".join(token for token, _ in row)
+    print()
     for text, old, new in zip(EXAMPLES, before, after):
         print(f"{text}\n    before   {line(old)}\n    after    {line(new)}")
     if loss is not None:
-        print(f"\nmean loss of the last 16 steps {loss:.3f} nats (best constant prediction "
-              f"{facts['constant']:.3f}), {facts['padding']:.0%} padding, {facts['seconds']:.0f} s in all")
+        print(f"\nloss {loss:.3f} nats over the last {BUCKET} steps (best prediction that ignores the text: "
+              f"{facts['marginal_kl']:.3f}); {facts['seconds']:.0f} s, {facts['train_seconds']:.0f} s of it training")
     print(f"{config.out}/ is ready:  SentenceTransformer({config.out!r})  or  python eval.py {config.out}")
     return config.out
 
 
-def show_targets(config, tokens, q, words, tok):
+def show_targets(config, tokens, words, tok, target_fn):
     """--show-targets: the first texts of the first epoch, and the q of each."""
-    order = order_of_texts(config.seed, 0, len(tokens.start) - 1)
-    some = [tokens.text(n) for n in order[:config.show_targets]]
-    for text, indices, probs in zip(some, *q(some)):
+    some = [tokens[n] for n in epoch_permutation(config.seed, 0, len(tokens))[:config.show_targets]]
+    for text, indices, probs in zip(some, *target_fn(some)):
         best = sorted(((p, words.text[v]) for v, p in zip(indices, probs) if v >= 0), reverse=True)
         print(f"\n{tok.decode(text.tolist(), skip_special_tokens=True).strip()}\n    "
               f"{'  '.join(f'{t} {p:.3f}' for p, t in best) or '(no target)'}")
 
 
-def main(config):
-    try:
-        train(config)
-    except Error as e:
-        end(e)
-    except KeyboardInterrupt as e:
-        end(str(e) or f"interrupted; if {config.out}/state/last.pt exists, --resume goes on from there", 130)
-    except OSError as e:
-        end(f"expected to read and write files, but {e.filename or config.out}: {e.strerror or e}")
-    except RuntimeError as e:
-        if "out of memory" not in str(e) and "not enough memory" not in str(e):
-            raise
-        micro = min(config.micro_batch or config.batch_size, config.batch_size)
-        end(f"out of memory: lower --micro-batch (now {micro}), or --max-length (now {config.max_length})")
-
-
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    main(CONFIG)
+    run_command(train, CONFIG)

@@ -12,14 +12,16 @@ import pytest
 import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-sys.path.insert(0, str(Path(__file__).parent.parent))
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
 
 import build_ext  # noqa: E402
-from corpus import Error, place  # noqa: E402
+from plumbing.cache import cache_path  # noqa: E402
+from plumbing.cli import Error  # noqa: E402
 
 try:                                                          # once, into the user's own cache
     build_ext.load(build=True)
-    NO_EXT, BUILT = "", place("csrc", build_ext.folder_name()).resolve()
+    NO_EXT, BUILT = "", cache_path("csrc", build_ext.folder_name()).resolve()
 except Error as e:
     NO_EXT = f"the extension is not built: {e}"
 
@@ -86,9 +88,18 @@ def tok(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def backbone(tok, tmp_path_factory):
-    """A folder with a random Llama of width 32 whose embedding is tied to its head."""
+    """A folder with a Llama of width 32 whose embedding is tied to its head, pretrained for two seconds."""
     folder = tmp_path_factory.mktemp("backbone")
-    family("llama", len(tok), tie_word_embeddings=True, initializer_range=0.3).save_pretrained(folder)
+    model = family("llama", len(tok), tie_word_embeddings=True)
+    ids = tok(sentences(400), padding=True, return_tensors="pt")["input_ids"]
+    labels = ids.masked_fill(ids == tok.pad_token_id, -100)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for step in range(120):
+        rows = torch.randperm(400, generator=torch.Generator().manual_seed(step))[:32]
+        model(input_ids=ids[rows], labels=labels[rows]).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval().save_pretrained(folder)
     tok.save_pretrained(folder)
     return folder
 

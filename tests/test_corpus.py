@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-import corpus
-from corpus import Error, texts
+from plumbing import corpus
+from plumbing.cli import Error
+from plumbing.corpus import texts
 
 GOOD = ["The first text.", "Ein zweiter Text, über Käse.", "A third."]
 

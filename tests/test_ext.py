@@ -13,8 +13,7 @@ from torch import library
 from torch.testing import assert_close
 
 import t2t
-from ops import scatter_targets
-from t2t import linear_vocab_kl, vocab_kl
+from t2t import linear_vocab_kl, scatter_targets, vocab_kl
 
 pytestmark = pytest.mark.ext
 ISAS = ["portable", "avx2", "avx512"]
@@ -775,7 +774,7 @@ def test_training_by_either(ext, backbone, texts_file, tmp_path, capsys):
     """Losses equal to round-off, and the line that says which implementation runs tells the truth."""
     from test_train import config, log
     runs = {}
-    for impl, says in ("ext", f"loss by the extension ({ext.isa()})"), ("torch", "loss by torch\n"):
+    for impl, says in ("ext", "loss by ext\n"), ("torch", "loss by torch\n"):
         out = t2t.train(config(backbone, texts_file, tmp_path / impl, impl=impl, steps=4))
         runs[impl] = [(r["loss"], r["grad_norm"]) for r in log(out)]
         assert says in capsys.readouterr().out
@@ -783,7 +782,7 @@ def test_training_by_either(ext, backbone, texts_file, tmp_path, capsys):
 
 
 def test_step_that_bench_times():
-    """bench.py takes a step as t2t.train does: it runs, and both implementations agree on its losses."""
+    """experiments/bench.py takes a step as t2t.train does: it runs, and both implementations agree on its losses."""
     import bench
     from transformers import LlamaConfig, LlamaForCausalLM
     torch.manual_seed(0)
@@ -791,4 +790,5 @@ def test_step_that_bench_times():
         vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
         tie_word_embeddings=True))
     table = bench.step_table("a test", model, 4, 2, 8, "cpu", 0.1)
-    assert table["N"][::2] == [2, 2] and all(row["min"] is not None for row in table["rows"].values())
+    assert len(table["N"]) == 2 and all(n > 2 for n in table["N"])    # one call a micro-batch: texts, then words
+    assert all(row["min"] is not None for row in table["rows"].values())

@@ -14,8 +14,8 @@ from test_ext import DTYPES, acc, case, check_gradient, check_loss, gradient, na
 from torch.testing import assert_close
 
 import build_ext
-from ops import scatter_targets
-from t2t import linear_vocab_kl, vocab_kl
+
+from t2t import linear_vocab_kl, scatter_targets, vocab_kl
 
 pytestmark = [pytest.mark.ext, pytest.mark.gpu]
 ops = torch.ops.t2t

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from t2t import linear_vocab_kl, merge, vocab_kl
+from t2t import Head, coalesce, linear_vocab_kl, vocab_kl
 
 
 def dense(logits, indices, probs):
@@ -68,7 +68,7 @@ def test_gradient_is_softmax_minus_target(impl):
 
 def test_invariants(impl):
     x, i, p = case(50, 30, 6)
-    i, p = merge(i, p)
+    i, p = coalesce(i, p)
     p = p / p.sum(1, keepdim=True)
     assert (vocab_kl(x, i, p, "none", impl) >= 0).all()                              # KL of distributions
     full = torch.arange(30).expand(50, 30)
@@ -108,7 +108,7 @@ def test_rows_without_targets(impl):
 
 
 def test_merge_by_hand():
-    i, p = merge(torch.tensor([[5, -1, 5, 2]]), torch.tensor([[0.1, 0.7, 0.2, 0.4]]))
+    i, p = coalesce(torch.tensor([[5, -1, 5, 2]]), torch.tensor([[0.1, 0.7, 0.2, 0.4]]))
     assert i.tolist() == [[-1, 2, 5, -1]]
     assert_close(p, torch.tensor([[0.0, 0.4, 0.3, 0.0]]))
 
@@ -116,7 +116,6 @@ def test_merge_by_hand():
 @pytest.mark.parametrize("chunk", [1, 4, 7, 100])
 @pytest.mark.parametrize("softcap, scale, bias", [(None, 1.0, False), (3.0, 0.5, True)])
 def test_linear_equals_dense_logits(chunk, softcap, scale, bias, impl):
-    from backbone import Head
     _, i, p = case(7, 50, 9)
     h = torch.randn(7, 12, dtype=torch.float64, requires_grad=True)
     W = torch.randn(50, 12, dtype=torch.float64, requires_grad=True)

@@ -1,19 +1,18 @@
-"""The baselines in the loop, input dropout, whitening: by hand, as invariants, and resumed bit for bit."""
+"""The baselines in the loop, the measured scale: by hand, as invariants, and resumed bit for bit."""
 import json
 import math
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import FAMILIES, family
 from test_train import Stop, config, log, weights
 from torch.testing import assert_close
 
 import t2t
-from backbone import Head
-from corpus import Error
-from t2t import Embedder, train
+from plumbing.cli import Error
+from t2t import Head, train
 
 
 # --------------------------------------------------------------------------------------------------- simcse
@@ -29,11 +28,11 @@ def test_simcse_by_hand():
     h = torch.tensor([[3.0, 0.0], [0.0, 0.5]], requires_grad=True)
     for parts in ([(0, 2)], [(0, 1), (1, 2)]):                       # in one part or two: the same loss
         model = Fixed().eval()
-        [(shown, L)] = t2t.simcse(lambda a, b: (None, h[a:b]), parts, model, 0.3, 0.5)
+        [(L, _)] = t2t.simcse(parts, lambda a, b: (None, h[a:b]), model, 0.3, 0.5)
         assert_close(L, torch.tensor(math.log1p(math.exp(-2))), rtol=1e-6, atol=0)
-        assert shown == L.detach() and not model.training and model.attention_dropout == 0.3
+        assert not model.training and model.attention_dropout == 0.3
     other = iter([h, h.flip(0)])                                  # second reading swapped: cosines 0 and 1
-    [(_, L)] = t2t.simcse(lambda *_: (None, next(other)), [(0, 2)], Fixed(), 0.3, 0.5)
+    [(L, _)] = t2t.simcse([(0, 2)], lambda *_: (None, next(other)), Fixed(), 0.3, 0.5)
     assert_close(L, torch.tensor(math.log1p(math.exp(2))), rtol=1e-6, atol=0)
 
 
@@ -41,7 +40,7 @@ def test_simcse_against_sentence_transformers():
     from sentence_transformers.util import cos_sim
     a, b = torch.randn(2, 7, 5).double()
     reads = iter([a, b])
-    [(_, L)] = t2t.simcse(lambda *_: (None, next(reads)), [(0,)], Fixed(), 0.1, 0.05)
+    [(L, _)] = t2t.simcse([(0,)], lambda *_: (None, next(reads)), Fixed(), 0.1, 0.05)
     want = F.cross_entropy(cos_sim(a, b).float() * 20, torch.arange(7))
     assert_close(L.float(), want, rtol=1e-4, atol=1e-5)
 
@@ -52,13 +51,13 @@ def test_attention_dropout_is_on_only_inside(backbone):
     seen = []
 
     def read(ids, mask):
-        seen.append(t2t.states(model, ids, mask))
+        seen.append(t2t.hidden_states(model, ids, mask))
         return seen[-1], t2t.pool(seen[-1], mask, "mean")
-    list(t2t.simcse(read, [(ids, mask)], model, 0.5, 0.05))
+    list(t2t.simcse([(ids, mask)], read, model, 0.5, 0.05))
     assert not torch.allclose(seen[0], seen[1])
-    assert_close(t2t.states(model, ids, mask), t2t.states(model, ids, mask), rtol=0, atol=0)
+    assert_close(t2t.hidden_states(model, ids, mask), t2t.hidden_states(model, ids, mask), rtol=0, atol=0)
     with pytest.raises(Error, match="attention dropout"):
-        list(t2t.simcse(read, [], _without_dropout(), 0.1, 0.05))
+        list(t2t.simcse([], read, _without_dropout(), 0.1, 0.05))
 
 
 def _without_dropout():
@@ -68,13 +67,21 @@ def _without_dropout():
 
 
 # ----------------------------------------------------------------------------------------------------- mntp
+class Underscore:
+    """A tokenizer of which mntp asks two things."""
+    all_special_ids = [1, 2]
+
+    def __call__(self, text, add_special_tokens):
+        assert text == "_" and not add_special_tokens
+        return {"input_ids": [11]}
+
+
 def test_mntp_reads_the_state_before_the_gap():
     """States that give away the token *after* each place: no loss. That know each place itself: much."""
-    V, blank = 12, 11
+    V, mask_id = 12, 11
     ids = torch.tensor([[1, 5, 6, 7, 8, 2, 9], [1, 3, 4, 5, 0, 0, 0]])
     mask = torch.tensor([[1] * 7, [1] * 4 + [0] * 3])
     H, given = Head(torch.eye(V) * 50, None), []
-    nll, special = lambda x, v: t2t.token_nll(x, v, H, "torch"), torch.tensor([1, 2])
 
     def knows(shift):
         def read(x, m):
@@ -82,69 +89,83 @@ def test_mntp_reads_the_state_before_the_gap():
             return F.one_hot(ids.roll(-shift, 1), V).float(), None
         return read
     torch.manual_seed(0)
-    [(shown, L)] = t2t.mntp(knows(1), [(ids, mask)], nll, 0.5, blank, special)
+    [(L, _)] = t2t.mntp([(ids, mask)], knows(1), H, Underscore(), 0.5)
     hidden = given[0] != ids
     assert 0 < hidden.sum() < mask.sum() and not (hidden & (mask == 0)).any()
-    assert (given[0][hidden] == blank).all() and not torch.isin(ids[hidden], special).any()
+    assert (given[0][hidden] == mask_id).all() and not (torch.isin(ids, torch.tensor([1, 2])) & hidden).any()
     assert_close(L, torch.tensor(0.0), atol=1e-6, rtol=0)
     torch.manual_seed(0)
-    [(_, L)] = t2t.mntp(knows(0), [(ids, mask)], nll, 0.5, blank, special)
+    [(L, _)] = t2t.mntp([(ids, mask)], knows(0), H, Underscore(), 0.5)
     assert L > 30                                                     # 50 minus what repeats by chance
-    torch.manual_seed(0)                                              # parts of a batch add up to the whole
-    assert sum(x for _, x in t2t.mntp(knows(0), [(ids, mask)], nll, 0.5, blank, special)) == L
 
 
-# -------------------------------------------------------------------------------------------- input dropout
-def test_leave_out():
-    ids = np.arange(10_000)
-    special, none = np.array([0, 17]), np.array([], int)
-    np.testing.assert_array_equal(t2t.leave_out(ids, 0.0, special), ids)
-    kept = t2t.leave_out(ids, 0.2, none)
-    assert len(kept) == 8_000 and (np.diff(kept) > 0).all()              # in order
-    assert abs((kept < 5_000).mean() - 0.5) < 0.02 and not np.array_equal(kept, t2t.leave_out(ids, 0.2, none))
-    for _ in range(20):
-        assert {0, 17} <= set(t2t.leave_out(ids[:20], 0.9, special))     # what begins and ends a text stays
-    assert len(t2t.leave_out(ids[:1], 0.4, none)) == 1 and len(t2t.leave_out(ids[:0], 0.2, none)) == 0
+# ------------------------------------------------------------------------------------------------- the loss
+def test_word_positions_by_hand():
+    """Words 5 and 6 (6 is a variant of 5); 7 continues a word where a letter ends the token before it."""
+    no, letter = torch.zeros(9, dtype=torch.bool), torch.zeros(9, dtype=torch.bool)
+    canonical = torch.tensor([-1, -1, -1, -1, -1, 5, 5, 7, 8])
+    letter[[5, 6, 7]] = True
+    goes_on = no.clone()
+    goes_on[7] = True
+    words = t2t.Words(canonical, goes_on, letter, None)
+    ids = torch.tensor([[1, 5, 7, 2, 7, 6], [8, 8, 0, 0, 0, 0]])
+    mask = torch.tensor([[1] * 6, [1, 0, 0, 0, 0, 0]])
+    text, t, w = t2t.word_positions(ids, mask, words)
+    assert list(zip(text.tolist(), t.tolist(), w.tolist())) == [(0, 1, 5), (0, 4, 7), (0, 5, 5), (1, 0, 8)]
+    text, t, _ = t2t.word_positions(torch.full((1, 33), 8), torch.ones(1, 33), words)
+    assert t.tolist() == [0, 5, 10, 15, 20, 25, 30]                   # at most eight, evenly spread
 
 
-# ------------------------------------------------------------------------------------------------ whitening
-def test_whiten():
-    rng = np.random.default_rng(0)
-    h = (rng.normal(size=(500, 8)) * [9, 5, 3, 2, 1, 1, 0.5, 0.2] + 3).astype(np.float32)
-    u = h / np.linalg.norm(h, axis=1, keepdims=True)
-    before = np.linalg.eigvalsh(u.T @ u / 500)
-    for power in (0.0, 0.5, 1.0):
-        W = t2t.whiten(h, power, ridge=0.0)
-        assert W.dtype == np.float32
-        np.testing.assert_allclose(W, W.T, atol=1e-5)
-        after = np.linalg.eigvalsh((u @ W).T @ (u @ W) / 500)
-        want = before ** (1 - power)
-        np.testing.assert_allclose(after / after.mean(), want / want.mean(), rtol=1e-3)
-    np.testing.assert_allclose(t2t.whiten(h, 0.0), np.eye(8), atol=1e-6)
-    few = t2t.whiten(h[:3], 1.0)                                      # directions never seen: the ridge
-    assert np.isfinite(few).all()
-    few = np.linalg.eigvalsh(t2t.whiten(np.random.default_rng(0).normal(size=(100, 512)), 1.0))
-    assert few.max() < 2 * few.min()                                  # five times more directions than texts
+def test_target_loss_is_its_equation():
+    """In one micro-batch or three, in float64: mean KL, and the words' log-probabilities over eight a text."""
+    torch.manual_seed(0)
+    V, C, s, eight = 12, 4, 1.7, t2t.WORDS_A_TEXT
+    H, x = Head(torch.randn(V, C).double(), torch.randn(V).double()), torch.randn(3, 5, C).double()
+    ids, mask = torch.randint(V, (3, 5)), torch.tensor([[1] * 5, [1, 1, 1, 0, 0], [1] * 5])
+    canonical, no = torch.arange(V).where(torch.arange(V) % 3 > 0, -1), torch.zeros(V, dtype=torch.bool)
+    indices, probs = torch.tensor([[1, 4], [2, -1], [-1, -1]]), torch.tensor([[0.25, 0.75], [1, 0], [0, 0]])
+    q = torch.zeros(3, V).double()
+    q[0, 1], q[0, 4], q[1, 2] = 0.25, 0.75, 1
+    h = torch.stack([x[b, :int(mask[b].sum())].mean(0) for b in range(3)])
+    kl = F.kl_div(H(s * h).log_softmax(1), q, reduction="sum") / 2     # the third text has no target
+    lp = H(x).log_softmax(-1)
+    words = sum(-lp[b, t, ids[b, t]] for b in range(3) for t in range(5) if mask[b, t] and ids[b, t] % 3)
+    for cut in ([3], [1, 1, 1]):
+        batch, at = list(zip(ids.split(cut), mask.split(cut))), iter(x.split(cut))
+
+        def read(i, m):
+            part = next(at)
+            return part, (part * m[..., None]).sum(1) / m.sum(1, keepdim=True)
+        parts = list(t2t.target_loss(batch, read, H, s, indices, probs.double(),
+                                     t2t.Words(canonical, no, no, None), "torch"))
+        assert_close(sum(a for a, _ in parts), kl + words / eight / 3)
+        assert_close(sum(b for _, b in parts), kl)
 
 
-def test_whitening_is_in_the_folder(backbone, texts_file, tmp_path):
-    plain = Embedder.load(train(config(backbone, texts_file, tmp_path / "a", whitening=0.0, pooling="mean")))
-    white = Embedder.load(train(config(backbone, texts_file, tmp_path / "b", pooling="mean")))
-    assert plain.W is None and not (tmp_path / "a" / "2_Dense").exists()
-    texts = ["The dog eats.", "A horse hears the wolf in the garden."]
-    np.testing.assert_allclose(white.encode(texts), plain.encode(texts) @ white.W, rtol=1e-4, atol=1e-5)
-    tokens = [[t for t, _ in row] for row in plain.tokens(texts)]
-    assert tokens == [[t for t, _ in row] for row in white.tokens(texts)]   # the head reads h, not h W
+# ---------------------------------------------------------------------------------------- the measured scale
+@pytest.mark.parametrize("name", FAMILIES)
+def test_no_default_is_fitted_to_one_models_norms(name, tmp_path, tok, texts_file):
+    """With the measured s, the first step's loss is at most ln V, whatever a family's norms are, also when its
+    states are 50 times as long."""
+    family(name, V=520).save_pretrained(tmp_path / "m")
+    tok.save_pretrained(tmp_path / "m")
+    model, _ = t2t.load_backbone(str(tmp_path / "m"), "causal")
+    for longer in (1, 50):
+        with torch.no_grad():
+            model.get_output_embeddings().weight.mul_(longer)
+        model.save_pretrained(tmp_path / "m")
+        out = train(config(tmp_path / "m", texts_file, tmp_path / f"out{longer}", steps=1, attention="causal"))
+        assert log(out)[0]["loss"] <= math.log(520) + 0.01
 
 
-def test_folder_of_two_layers_without_whitening(backbone, texts_file, tmp_path):
-    """The mean over layers of sentence-transformers is (1 + first) / 2 times shorter: Dense mends it."""
-    from sentence_transformers import SentenceTransformer
-    out = train(config(backbone, texts_file, tmp_path / "a", whitening=0.0))
-    e, texts = Embedder.load(out), ["The dog eats.", "A horse hears the wolf in the garden."]
-    np.testing.assert_allclose(e.W, np.eye(32), atol=1e-6)
-    np.testing.assert_allclose(SentenceTransformer(out, device="cpu").encode(texts), e.encode(texts),
-                               rtol=1e-4, atol=1e-5)
+def test_scale_by_hand():
+    """Logits s (1, -1), the target all on the first: the larger s the better. On the second: the smallest s.
+    Two thirds and one third: 2 s = ln 2, s = 0.35."""
+    H, h = Head(torch.eye(2), None), torch.tensor([[1.0, -1.0]])
+    best = lambda p: t2t.measure_scale(h, H, torch.tensor([[0, 1]]), torch.tensor([p]))
+    assert best([0.0, 1.0]) == min(t2t.SCALES)
+    assert best([1.0, 0.0]) > 5
+    assert best([2 / 3, 1 / 3]) == min(t2t.SCALES, key=lambda s: abs(math.log(s / (math.log(2) / 2))))
 
 
 # ------------------------------------------------------------------------------- the loop, for all methods
@@ -170,29 +191,21 @@ def test_baselines_learn_and_stack(backbone, texts_file, tmp_path):
     """LLM2Vec's recipe: mntp, then simcse from its weights. Each loss falls below that of knowing nothing."""
     first = train(config(backbone, texts_file, tmp_path / "mntp", method="mntp", steps=400, lr=1e-2))
     facts = json.loads(Path(first, "t2t.json").read_text())
-    assert facts["loss"] < facts["constant"] - 0.2                    # the entropy of single tokens
+    assert facts["loss"] < facts["marginal_kl"] - 0.2                    # the entropy of single tokens
     second = train(config(backbone, texts_file, tmp_path / "both", method="simcse", init=first, steps=100,
                           lr=1e-3))
     facts = json.loads(Path(second, "t2t.json").read_text())
-    assert facts["constant"] == pytest.approx(math.log(16)) and facts["loss"] < facts["constant"] - 0.5
-    assert "--init" in facts["command"] and facts["ours"][0] == "frozen head"
+    assert facts["marginal_kl"] == pytest.approx(math.log(16)) and facts["loss"] < facts["marginal_kl"] - 0.5
+    assert "--init" in facts["command"] and facts["ours"][0] == "frozen embedding"
 
 
-def test_model_targets_only_of_texts_that_are_seen(backbone, texts_file, tmp_path, monkeypatch):
-    """Slow targets are made for the first runs of the first epoch alone; the steps that train on them stay
-    the same."""
-    made, keep = [], t2t.keep_targets
-
-    def watched(name, tokens, seen, *rest):
-        made.append(len(seen))
-        return keep(name, tokens, seen, *rest)
-
-    def for_all(name, tokens, seen, *rest):
-        return keep(None, tokens, np.arange(len(tokens.start) - 1), *rest)
-    losses = []
-    for how in (watched, for_all):
-        monkeypatch.setattr(t2t, "keep_targets", how)
-        out = tmp_path / how.__name__
-        train(config(backbone, texts_file, out, method="model", steps=18, batch_size=4))
-        losses.append([r["loss"] for r in log(out)])
-    assert made == [2 * 16 * 4] and losses[0] == losses[1]        # 128 of 400 texts: two runs of 16 batches
+def test_targets_only_of_texts_that_are_seen(backbone, texts_file, tmp_path, monkeypatch):
+    """Targets are made for the first buckets of the first epoch alone: 128 of 400 texts, two buckets of 16
+    batches of 4."""
+    made, build = [], t2t.build_targets
+    monkeypatch.setattr(t2t, "build_targets", lambda *a: made.append(build(*a)) or made[-1])
+    train(config(backbone, texts_file, tmp_path / "a", method="model", steps=18, batch_size=4))
+    has = (made[0].indices >= 0).any(1)
+    assert has.sum() == 2 * 16 * 4
+    lengths = t2t.tokenize_corpus(str(texts_file), t2t.load_backbone(str(backbone), "causal")[1], 64).lengths
+    assert all(has[t2t.bucketed_batch(step, 42, lengths, 4)].all() for step in range(18))

@@ -10,14 +10,16 @@ from conftest import ANIMALS, PLACES, sentences
 from scipy.sparse import csr_matrix
 from test_train import config
 
-import retrieval
+import eval as ev
 import t2t
+from plumbing import search
+from plumbing.cli import Error
 
 
 def test_store_against_brute_force():
     rng = np.random.default_rng(0)
     docs, queries = rng.normal(size=(2, 30, 6)).astype(np.float32)
-    store = retrieval.Store()
+    store = search.Store()
     store.add_documents(docs, None)
     values, top = store.search(torch.from_numpy(queries), 4, None)
     cosine = torch.cosine_similarity(torch.from_numpy(queries)[:, None], torch.from_numpy(docs)[None], dim=2)
@@ -29,10 +31,10 @@ def test_store_against_brute_force():
 
 def test_sparse_store_counts_what_it_holds():
     dense = torch.tensor([[0.0, 2, 0, 1], [0, 0, 0, 0], [3, 0, 0, 1]])
-    store = retrieval.Store()
+    store = search.Store()
     store.add_documents(dense.to_sparse(), None)
     values, top = store.search(torch.tensor([[1.0, 1, 0, 2]]).to_sparse(), 3, None)
-    assert top == [[2, 0, 1]] and values == [[5.0, 4.0, 0.0]]         # dot products: 3 + 2, 2 + 2, nothing
+    assert top == [[2, 0, 1]] and np.allclose(values, [[5 / 60 ** 0.5, 4 / 30 ** 0.5, 0]])
     assert store.nonzeros == pytest.approx(4 / 3)
     held = csr_matrix(dense.numpy())
     assert store.bytes == held.data.nbytes + held.indices.nbytes + held.indptr.nbytes
@@ -41,14 +43,13 @@ def test_sparse_store_counts_what_it_holds():
 def test_fusion_by_hand():
     """a, dense: x, y, though below zero. b: y, then z at zero, no match. y: 1/62 + 1/61; x: 1/61."""
     part = lambda dense, scores: type("part", (), {"rankings": {"q": scores}, "dense": dense})()
-    fused = retrieval.Fusion("a-b", [part(True, {"x": 9.0, "y": -8.0}), part(False, {"z": 0.0, "y": 0.1})])
+    fused = search.Fusion("a-b", [part(True, {"x": 9.0, "y": -8.0}), part(False, {"z": 0.0, "y": 0.1})])
     assert fused.search({"id": ["q"]}, 10) == {"q": pytest.approx({"x": 1 / 61, "y": 1 / 62 + 1 / 61})}
 
 
 def test_a_checkpoint_without_sparse_is_refused(tmp_path):
-    from corpus import Error
     with pytest.raises(Error, match="expected CKPT/sparse"):
-        retrieval.compare(str(tmp_path), [], 8, "cpu")
+        ev.compare_sparse(str(tmp_path), [], 8, "cpu")
 
 
 # ---------------------------------------------------------------------- through mteb, on a made-up SciFact
@@ -82,10 +83,9 @@ def scifact(tmp_path_factory):
 def test_the_whole_table(scifact, backbone, texts_file, tmp_path, capsys, monkeypatch):
     import datasets
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
-    settings = dict(steps=300, lr=1e-2, dropout=0.0, top_k=32)
+    settings = dict(steps=300, lr=1e-2, top_k=32)
     ckpt = t2t.train(config(backbone, texts_file, tmp_path / "ckpt", **settings))
     capsys.readouterr()
-    import eval as ev
     assert ev.main([ckpt, "--sparse", "--tasks", "SciFact", "--data-dir", str(scifact),
                     "--out", str(tmp_path / "out"), "--device", "cpu"]) == 0
     page = capsys.readouterr().out

@@ -7,8 +7,9 @@ import torch
 from torch.testing import assert_close
 
 import t2t
-from corpus import Error, Tokens
-from t2t import Config, build_targets, data_targets, find_words, read_vocabulary
+from plumbing.cli import Error
+from plumbing.corpus import Tokens, tokenize_corpus
+from t2t import Config, build_targets, data_targets, document_frequency, find_words, read_vocabulary
 
 
 class FakeTokenizer:
@@ -41,7 +42,7 @@ def test_canon_by_hand(mark):
     want = {1: 1, 2: 1, 3: 1, 4: 1,                            # dog, with and without space, in three cases
             12: 13, 13: 13,                                    # no lower case exists: the spaced form
             14: 14, 16: 16, 17: 16, 20: 20, 21: 20, 22: 22}          # a script without case needs no space
-    assert {v: c for v, c in enumerate(words.canon.tolist()) if c >= 0} == want
+    assert {v: c for v, c in enumerate(words.canonical_id.tolist()) if c >= 0} == want
     assert words.text[2] == "Dog" and words.text[23] == ""
 
 
@@ -50,7 +51,7 @@ def test_scripts_without_case():
     al, kitab, cat = "\u0627\u0644", "\u0643\u062a\u0627\u0628", "\u0e41\u0e21\u0e27"
     tokens = ["<s>", "_" + al, kitab, "_" + kitab, cat]
     words = read_vocabulary(FakeTokenizer(tokens, "\u0120"), 5)
-    assert words.canon.tolist() == [-1, 1, 3, 3, 4] and words.glued.nonzero()[0].tolist() == [2]
+    assert words.canonical_id.tolist() == [-1, 1, 3, 3, 4] and words.is_continuation.nonzero()[0].tolist() == [2]
     assert find_words(words, np.array([1, 2, 4, 4, 3]), [5])[1].tolist() == [1, 4, 4, 3]
 
 
@@ -78,18 +79,23 @@ def test_data_targets_by_hand():
     assert i.tolist() == [[13], [-1], [20]] and p[0, 0] == 1
 
 
-def corpus_of(rows, df, tmp_path):
+def corpus_of(rows, tmp_path):
     start = np.concatenate([[0], np.cumsum([len(r) for r in rows])])
-    return Tokens(np.concatenate(rows).astype(np.uint32), start, np.array(df), "hash", tmp_path)
+    return Tokens(np.concatenate(rows).astype(np.uint32), start, "hash", tmp_path)
+
+
+def test_document_frequency_by_hand(tmp_path):
+    """Two dogs in one text count once; a cat in two texts twice; an ending is no word."""
+    words = read_vocabulary(FakeTokenizer(TOKENS, "\u0120"), 23)
+    df = document_frequency(corpus_of([np.array([1, 2, 13]), np.array([13, 22, 21])], tmp_path), words)
+    assert {v: n for v, n in enumerate(df.tolist()) if n} == {1: 1, 13: 2, 22: 1}
 
 
 def test_constant_is_the_loss_of_the_best_constant_prediction(tmp_path, monkeypatch):
     monkeypatch.setenv("T2T_CACHE", str(tmp_path))
     words = read_vocabulary(FakeTokenizer(TOKENS, "\u0120"), 23)
-    df = np.zeros(23, int)
-    df[[1, 13, 20]] = 2, 1, 1
     rows = [np.array([1, 13]), np.array([1]), np.array([20]), np.array([5])]
-    q = build_targets(Config(top_k=3), corpus_of(rows, df, tmp_path), words, None, None)
+    q = build_targets(Config(top_k=3), corpus_of(rows, tmp_path), words, None, None)
     i, p = torch.from_numpy(np.array(q.indices)).long(), torch.from_numpy(np.array(q.probs)).double()
     dense = torch.zeros(4, 24, dtype=torch.float64).scatter_add_(1, i.where(i >= 0, 23), p)[:3, :23]
     z = torch.zeros(23, dtype=torch.float64, requires_grad=True)   # minimise over constant logits: the oracle
@@ -101,21 +107,20 @@ def test_constant_is_the_loss_of_the_best_constant_prediction(tmp_path, monkeypa
         value.backward()
         return value
     optimizer.step(loss)
-    assert_close(q.constant, loss().item(), rtol=1e-4, atol=1e-4)
+    assert_close(q.marginal_kl, loss().item(), rtol=1e-4, atol=1e-4)
     m, xlogy = dense.mean(0), torch.special.xlogy
-    assert_close(q.constant, (xlogy(dense, dense).sum(1).mean() - xlogy(m, m).sum()).item())
+    assert_close(q.marginal_kl, (xlogy(dense, dense).sum(1).mean() - xlogy(m, m).sum()).item())
 
 
 def test_targets_from_a_real_tokenizer(tok, texts_file, backbone):
     config = Config(backbone=str(backbone), corpus=str(texts_file), top_k=16)
     words = read_vocabulary(tok, len(tok))
-    find = lambda *x: find_words(words, *x)
-    tokens = t2t.read_tokens(config.corpus, tok, 128, len(tok), find, words.hash)
+    tokens = tokenize_corpus(config.corpus, tok, 128)
     q = build_targets(config, tokens, words, None, tok)
     assert len(q.indices) == 400
     sums = q.probs.sum(1)
     np.testing.assert_allclose(sums, np.ones(400), rtol=1e-5)        # every sentence has an animal
-    text = tok.decode(tokens.text(7).tolist())
+    text = tok.decode(tokens[7].tolist())
     inside = set(text.lower().replace(",", " ").replace(".", " ").split())
     assert {words.text[v] for v in q.indices[7] if v >= 0} <= inside
     again = build_targets(config, tokens, words, None, tok)          # from disk
@@ -124,12 +129,11 @@ def test_targets_from_a_real_tokenizer(tok, texts_file, backbone):
 
 def test_truncation_is_what_the_model_sees(tok, texts_file):
     words = read_vocabulary(tok, len(tok))
-    find = lambda *x: find_words(words, *x)
-    tokens = t2t.read_tokens(str(texts_file), tok, 4, len(tok), find, words.hash)
+    tokens = tokenize_corpus(str(texts_file), tok, 4)
     assert np.diff(tokens.start).max() == 4
     q = build_targets(Config(corpus=str(texts_file), max_length=4, top_k=8), tokens, words, None, tok)
     for n in (0, 5, 9):
-        seen = set(words.canon[tokens.text(n)])
+        seen = set(words.canonical_id[tokens[n]])
         assert {v for v in q.indices[n] if v >= 0} <= seen
 
 
@@ -139,33 +143,36 @@ def test_model_targets_are_special_to_the_text(tok, texts_file, backbone, method
     config = Config(backbone=str(backbone), corpus=str(texts_file), top_k=8, method=method)
     model, _ = t2t.load_backbone(str(backbone), "causal")
     words = read_vocabulary(tok, len(tok))
-    tokens = t2t.read_tokens(config.corpus, tok, 128, len(tok), lambda *x: find_words(words, *x), words.hash)
+    tokens = tokenize_corpus(config.corpus, tok, 128)
     q = build_targets(config, tokens, words, model, tok)
     np.testing.assert_allclose(q.probs.sum(1), 1, rtol=1e-5)
     own = q.indices[q.indices >= 0]
-    assert (words.canon[own] == own).all()                           # canonical words only
+    assert (words.canonical_id[own] == own).all()                           # canonical words only
     if method == "model":                                            # against the definition, for one text
-        ids = lambda n: torch.tensor(tokens.text(n).astype(int))[None]
-        log_p = lambda n: torch.log_softmax(model(input_ids=ids(n)).logits[0], -1).mean(0)
+        before, after = t2t.PROMPT.split("{}")
+        ids = lambda n: torch.tensor([tok(before)["input_ids"] + [i for i in tokens[n].tolist() if i != 1]
+                                      + tok(after, add_special_tokens=False)["input_ids"]])
+        log_p = lambda n: torch.log_softmax(model(input_ids=ids(n)).logits[0, -1], -1)
         with torch.no_grad():
-            s = log_p(3) - torch.stack([log_p(n) for n in range(400)]).mean(0)
-        best = max((v for v in range(len(tok)) if words.canon[v] >= 0), key=lambda v: s[v].item())
-        top = q.indices[3][np.argmax(q.probs[3])]
-        assert top == words.canon[best]
+            r = log_p(3) - torch.stack([log_p(n) for n in range(400)]).mean(0)
+        best = sorted({words.canonical_id[v]: r[v].item() for v in r.argsort().tolist()
+                       if words.canonical_id[v] >= 0}.items(), key=lambda x: -x[1])[:8]
+        i, p = q.indices[3], q.probs[3]
+        assert i.tolist() == [v for v, _ in best]
+        want = torch.tensor([x for _, x in best]).softmax(0)
+        np.testing.assert_allclose(p, want, rtol=1e-4)
 
 
 def test_no_text_with_a_target(tok, tmp_path):
     (tmp_path / "a.txt").write_text("the and of\n1 2 3\n")
     words = read_vocabulary(tok, len(tok))
-    find = lambda *x: find_words(words, *x)
-    tokens = t2t.read_tokens(str(tmp_path / "a.txt"), tok, 128, len(tok), find, words.hash)
+    tokens = tokenize_corpus(str(tmp_path / "a.txt"), tok, 128)
     with pytest.raises(Error, match="no text has a single target token"):
         build_targets(Config(top_k=4), tokens, words, None, tok)
 
 
 def test_top_k_above_the_vocabulary(tok, texts_file):
     words = read_vocabulary(tok, len(tok))
-    find = lambda *x: find_words(words, *x)
-    tokens = t2t.read_tokens(str(texts_file), tok, 128, len(tok), find, words.hash)
+    tokens = tokenize_corpus(str(texts_file), tok, 128)
     with pytest.raises(Error, match="--top-k: expected at most the size of the vocabulary, 500, got 501"):
         build_targets(Config(top_k=501), tokens, words, None, tok)

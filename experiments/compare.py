@@ -1,16 +1,15 @@
-"""The contest: token targets against contrastive learning, one backbone, as many texts read.
+"""The comparison: token targets against contrastive learning, one backbone, as many texts read.
 
-    python results/contest.py --data-dir DIR                         # all cells, three seeds; resumes
-    python results/contest.py --data-dir DIR --cells data --seeds 1  # one cell of the table again
-    python results/contest.py --data-dir DIR --tune                  # the trials on validation splits
-    python results/contest.py --data-dir DIR --curves                # what happens during training
+    python experiments/compare.py --data-dir DIR                        # all runs, three seeds; resumes
+    python experiments/compare.py --data-dir DIR --only data --seeds 1  # one run of the table again
+    python experiments/compare.py --data-dir DIR --tune                 # the trials on validation splits
 
-A trained cell is one call of t2t.train a stage; stages follow one another through --init, each with an even
-share of the number of texts (the later one reads those of the first again). An untrained cell is a reading of
-results/readings.py. Every vector is scored twice: as it is, and whitened (t2t.whiten, from 2,048 texts of the
-corpus) -- so no method wins by what could be done to all of them; tf-idf, of V dimensions, only as it is.
-Test splits are scored with the settings that --tune found; it looks at STSBenchmark validation and Banking77
-train only. Cells are kept in --runs, tables in results/contest-CORPUS-TEXTS.json and .md.
+A trained run is one call of t2t.train a stage; stages follow one another through --init, each with an even
+share of the number of texts (the later one reads those of the first again). An untrained baseline is a function
+of experiments/untrained.py. Every vector is scored raw and half whitened (whitening_matrix, from 2,048 texts of
+the corpus), so no method wins by what could be done to all of them; tf-idf, of V dimensions, only raw. Test
+splits are scored with the settings that --tune found; it looks at STSBenchmark validation and Banking77 train
+only. Runs are kept in --runs, the tables beside them; --publish writes results/compare-CORPUS-TEXTS.json and .md.
 """
 import argparse
 import gzip
@@ -24,27 +23,25 @@ from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "results")]
+sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
 
 import mteb  # noqa: E402
 import numpy as np  # noqa: E402
-from readings import NAMES as READINGS  # noqa: E402
-from readings import Reading, readings  # noqa: E402
 from scipy.stats import rankdata, spearmanr  # noqa: E402
 from scipy.stats import t as t_distribution  # noqa: E402
 from sklearn.metrics.pairwise import paired_cosine_distances  # noqa: E402
 from sklearn.preprocessing import normalize  # noqa: E402
 
-import analyze  # noqa: E402
 import eval as evaluation  # noqa: E402
 import t2t  # noqa: E402
+from untrained import NAMES, Function, untrained, whitening_matrix  # noqa: E402
 
 STS = ["STS12", "STS13", "STSBenchmark"]
-CONTRAST = dict(method="simcse", batch_size=128, micro_batch=8, lr=3e-5, temperature=2.0)
+CONTRAST = dict(method="simcse", batch_size=128, lr=3e-5)
 PREDICT = dict(method="mntp", batch_size=64, lr=3e-4)
-TARGET = dict(method="data", batch_size=64, lr=4e-3)
+TARGET = dict(method="data", batch_size=64)
 MODEL = TARGET | dict(method="model")
-CELLS = {                                              # name -> for each stage what differs from t2t.Config
+RUNS = {                                               # name -> for each stage what differs from t2t.Config
     "simcse": [CONTRAST],
     "mntp, simcse": [PREDICT, CONTRAST],               # LLM2Vec's unsupervised recipe
     "data": [TARGET],
@@ -53,29 +50,18 @@ CELLS = {                                              # name -> for each stage 
     "data, model": [TARGET, MODEL],
     "data, causal": [TARGET | dict(attention="causal")],
     "data, last": [TARGET | dict(pooling="last")],
-    "data, mean": [TARGET | dict(pooling="mean")],
-    "mntp, simcse, first-last": [PREDICT, CONTRAST | dict(pooling="first-last")],
-    # one change at a time
-    "data, no scale": [TARGET | dict(scale=1.0)],
-    "data, no dropout": [TARGET | dict(dropout=0.0)],
-    "data, no single tokens": [TARGET | dict(token_loss=0.0)],
+    "data, all weights": [TARGET | dict(lora_rank=0, lr=2e-4)],
 }
 TRIALS = {                                             # of the first stage; the best of each stands above
-    "simcse": [dict(lr=lr, temperature=t) for lr, t in (
-        (3e-5, 1.0), (1e-4, 1.0), (3e-4, 1.0), (1e-3, 1.0), (3e-5, 2.0))],
-    "mntp, simcse": [dict(lr=3e-4), dict(lr=1e-3)],    # besides those of simcse, which follows it
-    "data": [dict(lr=1e-3), dict(lr=2e-3), dict(lr=4e-3)],
-    "model": [dict(lr=1e-3), dict(lr=2e-3), dict(lr=4e-3)],
+    "simcse": [dict(lr=lr) for lr in (3e-5, 1e-4, 3e-4)],
+    "mntp, simcse": [dict(lr=1e-4), dict(lr=3e-4), dict(lr=1e-3)],
+    "data": [dict(lr=5e-4), dict(lr=1e-3), dict(lr=2e-3)],
+    "model": [dict(lr=5e-4), dict(lr=1e-3), dict(lr=2e-3)],
 }
-CLAIMS = [("data", x) for x in (
-    "simcse", "mntp, simcse", "mntp, simcse, first-last", *READINGS,
-    "model", "both", "data, model", "data, causal", "data, last", "data, mean", "data, no scale",
-    "data, no dropout", "data, no single tokens")] + [
-    ("data, mean", x) for x in ("mntp, simcse", "both ways", "SIF", "tf-idf")] + [
-    ("both ways", "mntp, simcse"), ("mntp, simcse, first-last", "both ways")]
+CLAIMS = [("data", x) for x in ("simcse", "mntp, simcse", *NAMES, *RUNS) if x != "data"]
 
 
-KEPT = ("command", "loss", "constant", "texts_seen", "seconds", "versions", "corpus_hash")
+KEPT = ("command", "loss", "marginal_kl", "texts_seen", "seconds", "versions", "corpus_hash")
 
 
 def commit():
@@ -87,13 +73,13 @@ def commit():
         return None
 
 
-# ------------------------------------------------------------------------------------------------- one cell
+# -------------------------------------------------------------------------------------------------- one run
 def place(name, seed, a):
     return Path(a.runs) / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}"
 
 
 def train(name, stages, seed, a, watch=None):
-    """The Embedder of a cell and its folder, trained unless it stands in --runs."""
+    """The Embedder of a run and its folder, trained unless it stands in --runs."""
     before = ""
     for n, settings in enumerate(stages, 1):
         folder = place(name, seed, a) if n == len(stages) else place(f"{name} stage {n}", seed, a)
@@ -104,43 +90,12 @@ def train(name, stages, seed, a, watch=None):
         if not (folder / "t2t.json").exists():
             t2t.train(config, None, watch)
         made = json.loads((folder / "t2t.json").read_text())["config"]
-        other = {k: v for k, v in made.items() if k != "resume" and v != getattr(config, k)}
+        used = t2t.settle(config)
+        other = {k: v for k, v in made.items() if k not in ("resume", "impl") and v != getattr(used, k)}
         if other:
-            sys.exit(f"contest.py: error: expected {config} in {folder}, got {other}: pass another --runs")
+            sys.exit(f"compare.py: error: expected {config} in {folder}, got {other}: pass another --runs")
         before = str(folder)
     return t2t.Embedder.load(folder), folder
-
-
-def curves(a, points=8):
-    """results/trajectories.json, which analyze.py draws: alignment, quality and STSBenchmark validation at
-    nine moments of a run of `data` and of one of `simcse`."""
-    found = {}
-    for name in ("data", "simcse"):
-        model, tok = t2t.load_backbone(a.backbone, t2t.Config.attention)
-        t2t.first_last(model, name == "data")
-        before = t2t.Embedder(model, tok, t2t.Config.pooling, a.max_length)
-        many = analyze.sample(t2t.corpus_tokens(a.corpus, tok, a.max_length, before.words),
-                              analyze.SAMPLE + analyze.WHITENING)
-        ids, others = analyze.split(many)
-        B, line = CELLS[name][0]["batch_size"], found.setdefault(name, [])
-
-        def watch(step, embedder):
-            if step % max(1, a.texts // B // points) == 0:
-                read = once(lambda texts: embedder.pooled(embedder.ids(texts)))
-                W = t2t.whiten(embedder.pooled(others), t2t.Config.whitening)
-                point = analyze.measure(embedder.pooled(ids), analyze.halves(ids, embedder.pooled), W,
-                                        embedder, ids)
-                for how, reading in ("as it is", read), ("whitened", whitened(read, W)):
-                    for task, x in validation(reading, a.data_dir, bank=False).items():
-                        point[f"{task}, {how}"] = x
-                line.append({"texts": step * B} | point)
-                print(name, line[-1], flush=True)
-        watch(0, before)
-        shutil.rmtree(place(f"{name} watched", a.seeds[0], a), ignore_errors=True)
-        train(f"{name} watched", CELLS[name], a.seeds[0], a, watch)
-    command = f"python results/contest.py --curves --texts {a.texts} --data-dir DIR"
-    facts = {"command": command, "curves": found}
-    (ROOT / "results" / "trajectories.json").write_text(json.dumps(facts, indent=1) + "\n")
 
 
 def whitened(read, W):
@@ -170,43 +125,44 @@ def score(read, tasks):
     for task in tasks:
         name = task.metadata.name
         task.load_data()                               # once: unload_data would forget that it is local
-        if name in STS:                                # as mteb does it (tests/test_contest.py), items kept
+        if name in STS:                                # as mteb does it (tests/test_compare.py), items kept
             rows = task.dataset["test"]
             gold = np.array(rows["score"], np.float32)
             items[name] = cosines(read, rows["sentence1"], rows["sentence2"]), gold
             scores[name] = 100 * spearmanr(*items[name]).statistic
         else:
-            found = mteb.evaluate(Reading("cell", read), [task], cache=None, co2_tracker=False,
+            found = mteb.evaluate(Function("run", read), [task], cache=None, co2_tracker=False,
                                   show_progress_bar=False)
             scores[name] = 100 * found.task_results[0].get_score()
     return {k: round(float(v), 2) for k, v in scores.items()}, items
 
 
-def cell(name, seed, tasks, a, untrained, some):
-    """Train and score one cell, unless it stands in --runs; write it there."""
+def run(name, seed, tasks, a, baselines, some):
+    """Train and score one run, unless it stands in --runs; write it there."""
     file = place(name, seed, a).with_suffix(".npz")
-    same = {"settings": CELLS.get(name), "corpus": Path(a.corpus).name, "texts": a.texts,
+    same = {"settings": RUNS.get(name), "corpus": Path(a.corpus).name, "texts": a.texts,
             "max_length": a.max_length, "backbone": Path(a.backbone).name}
     kept = json.loads(str(np.load(file)["facts"])) if file.exists() else {
         "name": name, "seed": seed, **same, "scores": {}}
     if {k: kept.get(k) for k in same} != same:
-        sys.exit(f"contest.py: error: expected a cell of {same} in {file}, got another: pass another --runs")
-    missing = [t for t in tasks if t.metadata.name not in kept["scores"].get("as it is", {})]
+        sys.exit(f"compare.py: error: expected a run of {same} in {file}, got another: pass another --runs")
+    missing = [t for t in tasks if t.metadata.name not in kept["scores"].get("raw", {})]
     if not missing:
         return
     t0, facts = time.time(), {}
     begun = place(name, seed, a).exists()              # perhaps by other code
-    if name in untrained:
-        read = once(untrained[name])
-        W = None if name == "tf-idf" else t2t.whiten(read(some), t2t.Config.whitening)   # V dimensions: no
+    if name in baselines:
+        read = once(baselines[name])
+        W = None if name == "tf-idf" else whitening_matrix(read(some))   # V dimensions: no
     else:
         here = commit()
-        embedder, folder = train(name, CELLS[name], seed, a)
+        embedder, folder = train(name, RUNS[name], seed, a)
         made = json.loads((folder / "t2t.json").read_text())
         facts = {k: made[k] for k in KEPT if k in made} | {"commit": None if begun else here}
-        read, W = once(lambda texts: embedder.pooled(embedder.ids(texts))), embedder.W
+        read = once(lambda texts: embedder.pooled(embedder.token_ids(texts)).numpy())
+        W = whitening_matrix(read(some))
     arrays = dict(np.load(file)) if file.exists() else {}
-    for how, reading in [("as it is", read)] + [("whitened", whitened(read, W))] * (W is not None):
+    for how, reading in [("raw", read)] + [("whitened", whitened(read, W))] * (W is not None):
         scores, items = score(reading, missing)
         kept["scores"].setdefault(how, {}).update(scores)
         arrays |= {f"{how}/{t}": np.stack(x).astype(np.float32) for t, x in items.items()}
@@ -245,16 +201,15 @@ def tune(a):
     """Each method's trials, judged by what the last stage makes of them."""
     file = Path(a.runs) / "trials.jsonl"
     done = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    for method in a.cells or TRIALS:
+    for method in a.only or TRIALS:
         for n, trial in enumerate(TRIALS[method]):
             if any(d["method"] == method and d["trial"] == trial for d in done):
                 continue
-            t0, (first, *others) = time.time(), CELLS[method]
+            t0, (first, *others) = time.time(), RUNS[method]
             embedder, folder = train(f"trial {method} {n}", [first | trial, *others], a.seeds[0], a)
-            read = once(lambda texts: embedder.pooled(embedder.ids(texts)))
+            read = once(lambda texts: embedder.pooled(embedder.token_ids(texts)).numpy())
             row = {"method": method, "trial": trial, "texts": a.texts,
-                   "as it is": validation(read, a.data_dir),
-                   "whitened": validation(whitened(read, embedder.W), a.data_dir),
+                   "raw": validation(read, a.data_dir),
                    "seconds": round(time.time() - t0)}
             with open(file, "a") as f:
                 f.write(json.dumps(row) + "\n")
@@ -318,18 +273,18 @@ def interval(values):
 
 
 def report(a):
-    """results/contest-CORPUS-TEXTS.json and .md from all that stands in --runs"""
-    runs, order = {}, [*READINGS, *CELLS]
+    """results/compare-CORPUS-TEXTS.json and .md from all that stands in --runs"""
+    runs, order = {}, [*NAMES, *RUNS]
     for file in sorted(Path(a.runs).glob("*.npz")):
         arrays = dict(np.load(file))
         runs.setdefault((facts := json.loads(str(arrays.pop("facts"))))["name"], []).append((facts, arrays))
     table = {}
     for name in sorted(set(runs) & set(order), key=order.index):
-        row = table[name] = {"settings": CELLS.get(name, "a reading of the backbone"),
-                             "seeds": sorted(f["seed"] for f, _ in runs[name] if name in CELLS),
+        row = table[name] = {"settings": RUNS.get(name, "an untrained baseline"),
+                             "seeds": sorted(f["seed"] for f, _ in runs[name] if name in RUNS),
                              "runs": [without_folders({k: f[k] for k in ("seed", "scores", *KEPT, "commit")
                                                        if k in f}) for f, _ in runs[name]]}
-        for how in ("as it is", "whitened"):
+        for how in ("raw", "whitened"):
             scores = [f["scores"][how] for f, _ in runs[name] if how in f["scores"]]
             if not scores:
                 continue
@@ -343,8 +298,8 @@ def report(a):
         task.load_data()
     claims, pair = [], pairs(tasks)
     for one, two in CLAIMS:
-        for how in ("as it is", "whitened"):
-            found = lambda name: [(arrays, how if f"{how}/{STS[0]}" in arrays else "as it is")
+        for how in ("raw", "whitened"):
+            found = lambda name: [(arrays, how if f"{how}/{STS[0]}" in arrays else "raw")
                                   for _, arrays in runs.get(name, [])]
             items = lambda name: [{t: arrays[f"{h}/{t}"] for t in STS} for arrays, h in found(name)]
             complete = lambda name: found(name) and all(
@@ -355,24 +310,24 @@ def report(a):
                                "mean STS": difference(items(one), items(two), pair),
                                "seeds": [len(items(one)), len(items(two))]})
     trials = Path(a.runs) / "trials.jsonl"
-    command = (f"python results/contest.py --corpus {Path(a.corpus).name} --texts {a.texts} "
+    command = (f"python results/compare.py --corpus {Path(a.corpus).name} --texts {a.texts} "
                f"--max-length {a.max_length} --data-dir DIR")
     shared = {f"{s} in {t}": int(np.isin(pair[s], pair[t]).sum()) for s in pair for t in pair if s != t}
     facts = {"command": command, "texts a run": a.texts, "test pairs that stand in another task": shared,
              "versions": {p: version(p) for p in ("torch", "transformers", "mteb", "scipy")},
              "rows": table, "claims": claims,
              "trials": [json.loads(x) for x in trials.read_text().splitlines()] if trials.exists() else []}
-    out = str(ROOT / "results" / f"contest-{Path(a.corpus).stem}-{a.texts}")
+    out = str((ROOT / "results" if a.publish else Path(a.runs)) / f"compare-{Path(a.corpus).stem}-{a.texts}")
     Path(out + ".json").write_text(json.dumps(facts, indent=1) + "\n")
     columns = [*STS, "mean STS", "Banking77Classification"]
-    head = " | ".join([" ", "seeds", *columns, "mean STS as it is"])
+    head = " | ".join([" ", "seeds", *columns, "mean STS raw"])
     text = [f"{a.texts:,} texts of {Path(a.corpus).name}, up to {a.max_length} tokens, a run; scores x 100, "
             "whitened vectors; mean and 95 % interval over seeds", "", f"| {head} |",
             "|---|---:|" + "---:|" * (len(columns) + 1)]
     show = lambda x: "" if x is None else f"{x[0]:.2f}" + ("" if x[1] is None else f" ± {x[1]:.2f}")
     for name, row in table.items():
-        best = row.get("whitened", row["as it is"])
-        cells = [show(best.get(c)) for c in columns] + [show(row["as it is"].get("mean STS"))]
+        best = row.get("whitened", row["raw"])
+        cells = [show(best.get(c)) for c in columns] + [show(row["raw"].get("mean STS"))]
         text.append(f"| {name} | {len(row['seeds']) or ''} | {' | '.join(cells)} |")
     text += ["", f"{len(claims)} differences of mean STS, each with a 95 % interval of its own (a twentieth "
              "may miss), over pairs of texts and seeds; where a trained side has one seed, for that run", "",
@@ -388,29 +343,29 @@ def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--data-dir", required=True)
     p.add_argument("--corpus", default="docstrings")
-    p.add_argument("--backbone", default="tiny")
-    p.add_argument("--runs", help="default: runs/contest-CORPUS-TEXTS")
-    p.add_argument("--cells", nargs="+")
+    p.add_argument("--backbone", default="smollm2")
+    p.add_argument("--runs", help="default: runs/compare-CORPUS-TEXTS")
+    p.add_argument("--only", nargs="+")
     p.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     p.add_argument("--texts", type=int, default=32000)
     p.add_argument("--max-length", type=int, default=t2t.Config.max_length)
     p.add_argument("--tasks", nargs="+", default=[*STS, "Banking77Classification"])
     p.add_argument("--tune", action="store_true")
-    p.add_argument("--curves", action="store_true")
+    p.add_argument("--publish", action="store_true", help="write the tables to results/, not to --runs")
     a = p.parse_args()
-    a.runs = a.runs or str(ROOT / "runs" / f"contest-{Path(a.corpus).stem}-{a.texts}")
-    if unknown := set(a.cells or ()) - set(TRIALS if a.tune else [*READINGS, *CELLS]):
-        known = ", ".join(TRIALS if a.tune else [*READINGS, *CELLS])
-        p.error(f"--cells: expected some of {known}, got {', '.join(sorted(unknown))}")
+    a.runs = a.runs or str(ROOT / "runs" / f"compare-{Path(a.corpus).stem}-{a.texts}")
+    if unknown := set(a.only or ()) - set(TRIALS if a.tune else [*NAMES, *RUNS]):
+        known = ", ".join(TRIALS if a.tune else [*NAMES, *RUNS])
+        p.error(f"--only: expected some of {known}, got {', '.join(sorted(unknown))}")
     Path(a.runs).mkdir(parents=True, exist_ok=True)
-    if a.tune or a.curves:
-        return tune(a) if a.tune else curves(a)
-    untrained, some = readings(a.backbone, a.corpus, a.max_length)
+    if a.tune:
+        return tune(a)
+    baselines, some = untrained(a.backbone, a.corpus, a.max_length)
     tasks = [evaluation.localize(t, a.data_dir) for t in evaluation.pick(a.tasks)]
     for n, seed in enumerate(a.seeds):
-        for name in a.cells or [*untrained, *CELLS]:
-            if n == 0 or name not in untrained:        # a reading has no seed
-                cell(name, 0 if name in untrained else seed, tasks, a, untrained, some)
+        for name in a.only or [*baselines, *RUNS]:
+            if n == 0 or name not in baselines:        # a baseline has no seed
+                run(name, 0 if name in baselines else seed, tasks, a, baselines, some)
     report(a)
 
 

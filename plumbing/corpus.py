@@ -7,46 +7,30 @@
     hub:DATASET[:COLUMN]     a data set of the Hugging Face hub, streamed (split "train")
 
 A stream, never a list: a corpus may be larger than memory. `Counts` says what became of every text read.
+tokenize_corpus writes the ids of all texts to disk, once.
 """
-import functools
 import gzip
 import hashlib
 import importlib.util
 import json
-import os
 import re
-import shutil
 import unicodedata
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+from tqdm import tqdm
+
+from plumbing.cache import cached, file_stamps, hash_of, source_hash
+from plumbing.cli import Error
+
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
 # OURS: packages whose documentation is mostly prose, pinned in requirements.txt: the corpus is the same
 # everywhere. mteb is left out on purpose: its documentation describes the tasks that judge the result.
 PACKAGES = ("accelerate", "datasets", "huggingface_hub", "matplotlib", "networkx", "numpy", "pandas", "peft",
             "PIL", "scipy", "sentence_transformers", "sklearn", "sympy", "torch", "transformers")
-
-# OURS: words that carry grammar, not content. Everything subtler is left to idf, which knows the corpus.
-STOP = frozenset("""
-a about above after again against all almost also although always am among an and another any anyone
-anything are around as at be because been before being below between both but by can cannot could did do
-does doing done down during each either else enough etc even ever every everyone everything few for from
-further get gets got had has have having he hence her here hers herself him himself his how however i if
-in instead into is it its itself just least less like many may maybe me might mine more most much must my
-myself neither never no nobody none nor not nothing now of off often on once one only onto or other
-others otherwise our ours ourselves out over own per perhaps please quite rather really same shall she
-should since so some someone something sometimes soon still such than that the their theirs them
-themselves then there therefore these they this those though through thus to too toward towards under
-until up upon us use used uses using very via was we well were what whatever when whenever where whereas
-wherever whether which while who whoever whole whom whose why will with within without would yet you your
-yours yourself yourselves ve ll re don didn doesn isn wasn aren won couldn wouldn shouldn hasn haven hadn
-""".split())
-
-
-class Error(ValueError):
-    """Bad input: one line for a person, saying what was expected, what came and what to do."""
 
 
 @dataclass
@@ -87,14 +71,7 @@ def fingerprint(source):
     if source.startswith("hub:"):
         return source
     path = Path(source)
-    return stamps(path, SUFFIXES)
-
-
-def stamps(path, suffixes=(".safetensors", ".bin")):
-    """Path, size and time of a file, or of the files of such a kind below a folder; of a hub id, its name."""
-    files = sorted(f for f in Path(path).rglob("*") if f.name.endswith(suffixes)) or [Path(path)]
-    known = [(f, f.stat()) for f in files if f.is_file()]
-    return [str(path)] + [(str(f.absolute()), s.st_size, s.st_mtime_ns) for f, s in known]
+    return file_stamps(path, SUFFIXES)
 
 
 def read(source):
@@ -237,15 +214,21 @@ def docstrings(packages=PACKAGES):
 
 # ------------------------------------------------------------------------------------ texts -> tokens on disk
 class Tokens(NamedTuple):
-    """A tokenized corpus of N texts, memory-mapped."""
-    ids: object         # (total,) uint32
-    start: object       # (N + 1,) int64
-    df: object          # (V,) int64: in how many texts each word stands
-    hash: str           # of the texts
+    """A tokenized corpus of N texts, memory-mapped: tokens[n] are the ids (T,) of text n."""
+    ids: np.ndarray         # (total,) uint32
+    start: np.ndarray       # (N + 1,) int64
+    hash: str               # of the texts
     folder: Path
 
-    def text(self, n):
+    def __len__(self):
+        return len(self.start) - 1
+
+    def __getitem__(self, n):
         return self.ids[self.start[n]:self.start[n + 1]]
+
+    @property
+    def lengths(self):      # (N,)
+        return np.diff(self.start)
 
 
 def tokenize(tok, texts, max_length):
@@ -255,23 +238,23 @@ def tokenize(tok, texts, max_length):
     return tok(texts, truncation=True, max_length=max_length, return_attention_mask=False)["input_ids"]
 
 
-def read_tokens(source, tok, max_length, V, find_words, vocabulary):
-    """Stream SOURCE through the tokenizer, once; later runs find the result on disk.
+def tokenizer_hash(tok):
+    """A hash of all that decides the ids of a text. Truncation and padding are dropped: they are those of the
+    tokenizer's last call."""
+    backend = getattr(tok, "backend_tokenizer", None)
+    how = json.loads(backend.to_str()) | {"truncation": None, "padding": None} if backend else repr(tok)
+    return hash_of(how, tok.all_special_ids, len(tok))
 
-    find_words: function(ids (total,), lengths (n,)) -> (text number, word id) of every word, to count df."""
-    import numpy as np
-    from tqdm import tqdm
 
+def tokenize_corpus(source, tok, max_length):
+    """Stream SOURCE through the tokenizer -> Tokens. Done once; later runs find the result on disk."""
     def write(folder):
-        digest, counts, lengths, df = hashlib.blake2b(digest_size=16), Counts(), [], np.zeros(V, np.int64)
+        digest, counts, lengths = hashlib.blake2b(digest_size=16), Counts(), []
         with open(folder / "ids", "wb") as out, tqdm(desc="tokenize", unit=" texts") as bar:
             for block in blocks(texts(source, counts), 4096):
                 ids = tokenize(tok, block, max_length)
                 n = np.array([len(i) for i in ids])
-                flat = np.fromiter((i for x in ids for i in x), np.uint32, n.sum())
-                flat.tofile(out)
-                text, word = find_words(flat, n)
-                df += np.bincount(np.unique(text * V + word) % V, minlength=V)
+                np.fromiter((i for x in ids for i in x), np.uint32, n.sum()).tofile(out)
                 lengths.append(n)
                 digest.update("\n".join(block).encode())
                 bar.update(len(block))
@@ -279,74 +262,19 @@ def read_tokens(source, tok, max_length, V, find_words, vocabulary):
         if not lengths:
             raise Error(f"--corpus: expected at least one text, but {source} has none")
         np.save(folder / "start.npy", np.concatenate([[0], np.cumsum(np.concatenate(lengths))]))
-        np.save(folder / "df.npy", df)
         (folder / "hash").write_text(digest.hexdigest())
 
-    folder = cached("tokens", key(code(__file__), fingerprint(source), vocabulary, max_length), write)
+    made_by = source_hash(texts, read_file, parquet, docstrings, prose, clean, tokenize, tokenize_corpus)
+    name = hash_of(made_by, fingerprint(source), tokenizer_hash(tok), max_length)
+    folder = cached("tokens", name, write)
     return Tokens(np.memmap(folder / "ids", np.uint32, "r"), np.load(folder / "start.npy"),
-                  np.load(folder / "df.npy"), (folder / "hash").read_text(), folder)
+                  (folder / "hash").read_text(), folder)
 
 
-def keep_targets(name, tokens, seen, K, make, n_block):
-    """Targets of the texts `seen` (others: none) -> indices (N,K), probs (N,K), memory-mapped, and constant =
-    mean_b KL(q_b || m), m the mean of q: the honest zero. Made once, by the function that make() gives."""
-    import numpy as np
-    from tqdm import tqdm
-
-    def write(folder):
-        N, V, q = len(tokens.start) - 1, len(tokens.df), make()
-        indices = np.lib.format.open_memmap(folder / "indices.npy", "w+", np.int32, (N, K))
-        probs = np.lib.format.open_memmap(folder / "probs.npy", "w+", np.float32, (N, K))
-        indices[:], probs[:] = -1, 0
-        mean, plogp, valid = np.zeros(V), 0.0, 0
-        with tqdm(total=len(seen), desc="targets", unit=" texts") as bar:
-            for block in blocks(seen.tolist(), n_block):
-                i, p = q([tokens.text(n) for n in block])
-                width = ((0, 0), (0, K - i.shape[1]))
-                indices[block], probs[block] = np.pad(i, width, constant_values=-1), np.pad(p, width)
-                mean += np.bincount(i[i >= 0], p[i >= 0], V)
-                plogp += (p * np.log(np.maximum(p, 1e-30))).sum(dtype=np.float64)
-                valid += (i >= 0).any(1).sum()
-                bar.update(len(block))
-        if not valid:
-            raise Error("--corpus: expected words to learn from, but no text has a single target token: "
-                        "is it text, in a language that the tokenizer knows?")
-        mean /= valid
-        # mean_b KL(q_b || m) = mean_b sum q_b log q_b - sum m log m
-        np.save(folder / "constant.npy", plogp / valid - (mean * np.log(np.maximum(mean, 1e-30))).sum())
-
-    folder = cached("targets", name, write)
-    return *(np.load(folder / f"{x}.npy", mmap_mode="r") for x in ("indices", "probs")), float(
-        np.load(folder / "constant.npy"))
-
-
-def unspaced(letter):
-    """Is it of a script that puts no spaces between words, so that each token may be one?"""
+def is_unspaced(letter):
+    """Is it of a script that puts no spaces between words, so that each token may be a word?"""
     return unicodedata.name(letter, "").startswith(
         ("CJK", "HIRAGANA", "KATAKANA", "BOPOMOFO", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN"))
-
-
-@functools.lru_cache(2)
-def order_of_texts(seed, epoch, N):
-    import numpy as np
-    return np.random.default_rng((seed, epoch)).permutation(N)
-
-
-RUN = 16                                                           # batches that share texts of like length
-
-
-def batch_of(step, seed, lengths, B, pooled=RUN):
-    """-> (B,) the texts of a step: a function of (seed, step) alone, so a resumed run keeps the order.
-
-    An epoch is a permutation; within each run of 16 batches texts of like length go together, to pad less."""
-    import numpy as np
-    per = len(lengths) // B                                            # batches an epoch; the odd texts wait
-    epoch, i = divmod(step, per)
-    first = i // pooled * pooled
-    n = min(pooled, per - first)                                       # batches in this run
-    texts = order_of_texts(seed, epoch, len(lengths))[first * B:(first + n) * B]
-    texts = texts[np.argsort(lengths[texts], kind="stable")].reshape(n, B)
-    return texts[np.random.default_rng((seed, epoch, first)).permutation(n)[i - first]]
 
 
 def blocks(items, n):
@@ -359,41 +287,3 @@ def blocks(items, n):
             block = []
     if block:
         yield block
-
-
-def write_whole(path, text):
-    """Write a text file beside its place, then rename it: the old one or the new, never a half."""
-    beside = path.with_name(path.name + ".partial")
-    beside.write_text(text, "utf-8")
-    os.replace(beside, path)
-
-
-def key(*parts):
-    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=10).hexdigest()
-
-
-def code(file):
-    """A hash of a source file: who edits how targets are made does not get those of before."""
-    return key(Path(file).read_text("utf-8"))
-
-
-def place(kind, name):
-    return Path(os.environ.get("T2T_CACHE", Path.home() / ".cache" / "text2token")) / f"{kind}-{name}"
-
-
-def cached(kind, name, write):
-    """The folder that write(folder) fills, made once, beside its place, then renamed: never half-written."""
-    folder = place(kind, name or os.getpid())
-    if name is None:                                 # an experiment's own, not to be found again
-        shutil.rmtree(folder, ignore_errors=True)
-    if not folder.exists():
-        beside = folder.with_name(f"{folder.name}.{os.getpid()}.new")
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
-        try:
-            write(beside)
-            if not folder.exists():                  # another run may have been faster
-                beside.rename(folder)
-        finally:
-            shutil.rmtree(beside, ignore_errors=True)
-    return folder

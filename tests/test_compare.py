@@ -1,20 +1,16 @@
-"""results/contest.py: its statistics by hand, its scores against mteb, one cell from nothing."""
+"""experiments/compare.py: its statistics by hand, its scores against mteb, one cell from nothing."""
 import json
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from scipy.stats import spearmanr
 from test_eval import make_sts
-from test_train import ROOT
 
-sys.path.insert(0, str(ROOT / "results"))
-import contest  # noqa: E402
+import compare  # noqa: E402
 import eval as ev  # noqa: E402
 import t2t  # noqa: E402
-
 
 @pytest.fixture
 def data(tmp_path, monkeypatch):
@@ -24,30 +20,26 @@ def data(tmp_path, monkeypatch):
         make_sts(tmp_path / "data", task, seed)
     return str(tmp_path / "data")
 
-
 def test_interval_by_hand():
     """1, 2, 3: mean 2, deviation 1, t of two degrees of freedom 4.3027: half width 4.3027 / sqrt 3."""
-    assert contest.interval([1, 2, 3]) == (2.0, 2.48)
-    assert contest.interval([5.0]) == (5.0, None)
-
+    assert compare.interval([1, 2, 3]) == (2.0, 2.48)
+    assert compare.interval([5.0]) == (5.0, None)
 
 @pytest.fixture
 def gold():
     rng = np.random.default_rng(0)
-    return {t: rng.random(200) for t in contest.STS}
-
+    return {t: rng.random(200) for t in compare.STS}
 
 def test_difference(gold):
     """A reading that is the gold itself against noise: Spearman 1 against 0; against itself: 0, no width."""
     rng, pair = np.random.default_rng(1), dict(zip(gold, np.arange(600).reshape(3, 200)))
     perfect = [{t: np.stack([g, g]) for t, g in gold.items()}]
     noise = [{t: np.stack([rng.random(200), g]) for t, g in gold.items()} for _ in range(3)]
-    mean, low, high = contest.difference(perfect, noise, pair, draws=100)
+    mean, low, high = compare.difference(perfect, noise, pair, draws=100)
     assert low < mean < high and 80 < low and high < 120
     want = 100 * (1 - np.mean([spearmanr(*x).statistic for run in noise for x in run.values()]))
     assert mean == pytest.approx(want, abs=0.01)
-    assert contest.difference(noise[:1], noise[:1], pair, draws=20) == [0, 0, 0]
-
+    assert compare.difference(noise[:1], noise[:1], pair, draws=20) == [0, 0, 0]
 
 def test_interval_is_as_wide_as_theory(gold):
     """Noise against gold: the deviation of Spearman's r of 600 independent pairs is 1/sqrt(600); of 200 pairs
@@ -56,36 +48,46 @@ def test_interval_is_as_wide_as_theory(gold):
     rng = np.random.default_rng(1)
     noise = [{t: np.stack([rng.random(200), g]) for t, g in gold.items()}]
     constant = [{t: np.stack([g, g]) for t, g in gold.items()}]                             # 1 in every draw
-    width = lambda one, pair: np.subtract(*contest.difference(one, constant, pair)[:0:-1]) / 2 / 1.96 / 100
+    width = lambda one, pair: np.subtract(*compare.difference(one, constant, pair)[:0:-1]) / 2 / 1.96 / 100
     apart = dict(zip(gold, np.arange(600).reshape(3, 200)))
     assert width(noise, apart) == pytest.approx(600 ** -0.5, rel=0.15)
     same = [{t: next(iter(noise[0].values())) for t in gold}]
     assert width(same, dict.fromkeys(gold, np.arange(200))) == pytest.approx(200 ** -0.5, rel=0.15)
     assert width([noise[0], constant[0], constant[0]], apart) * 1.96 == pytest.approx(1.434, rel=0.1)
 
-
 def test_a_pair_is_one_whichever_way_round():
     rows = [{"sentence1": "A  cat", "sentence2": "b"}, {"sentence1": "B", "sentence2": "a cat"},
             {"sentence1": "b", "sentence2": "b"}]
     task = lambda name, rows: SimpleNamespace(metadata=SimpleNamespace(name=name), dataset={"test": rows})
-    got = contest.pairs([task("x", rows), task("y", rows[1:])])
+    got = compare.pairs([task("x", rows), task("y", rows[1:])])
     assert got["x"].tolist() == [0, 0, 1] and got["y"].tolist() == [0, 1]
-
 
 @pytest.mark.parametrize("zeros", [False, True])
 def test_sts_as_mteb_scores_it(data, backbone, zeros):
     [task] = [ev.localize(t, data) for t in ev.pick(["STSBenchmark"])]
     embedder = t2t.Embedder.load(str(backbone))
     # tf-idf of a text with stop words alone is 0: every third text here
-    read = contest.once(lambda texts: embedder.encode(texts) * np.array(
+    read = compare.once(lambda texts: embedder.encode(texts) * np.array(
         [[not zeros or len(t) % 3 > 0] for t in texts]))
-    scores, items = contest.score(read, [task])
-    from readings import Reading
+    scores, items = compare.score(read, [task])
+    from untrained import Function
     import mteb
-    found = mteb.evaluate(Reading("x", read), [task], cache=None, co2_tracker=False, show_progress_bar=False)
+    found = mteb.evaluate(Function("x", read), [task], cache=None, co2_tracker=False, show_progress_bar=False)
     assert scores["STSBenchmark"] == pytest.approx(100 * found.task_results[0].get_score(), abs=0.006)
     assert items["STSBenchmark"][0].shape == items["STSBenchmark"][1].shape == (20,)
 
+def test_whitening_matrix():
+    rng = np.random.default_rng(0)
+    h = (rng.normal(size=(500, 8)) * [9, 5, 3, 2, 1, 1, 0.5, 0.2] + 3).astype(np.float32)
+    u = h / np.linalg.norm(h, axis=1, keepdims=True)
+    before = np.linalg.eigvalsh(u.T @ u / 500)
+    for power in (0.0, 0.5, 1.0):
+        W = compare.whitening_matrix(h, power, ridge=0.0)
+        np.testing.assert_allclose(W, W.T, atol=1e-5)
+        after = np.linalg.eigvalsh((u @ W).T @ (u @ W) / 500)
+        want = before ** (1 - power)
+        np.testing.assert_allclose(after / after.mean(), want / want.mean(), rtol=1e-3)
+    assert np.isfinite(compare.whitening_matrix(h[:3], 1.0)).all()       # directions never seen: the ridge
 
 def test_once_reads_each_text_once():
     seen = []
@@ -93,22 +95,19 @@ def test_once_reads_each_text_once():
     def read(texts):
         seen.extend(texts)
         return np.array([[len(t)] for t in texts])
-    reading = contest.once(read)
+    reading = compare.once(read)
     assert reading(["a", "bb", "a"]).ravel().tolist() == [1, 2, 1] and reading(["bb"]).item() == 2
     assert seen == ["a", "bb"]
 
-
 def test_two_stages_from_nothing(data, backbone, texts_file, tmp_path, monkeypatch, capsys):
-    """The cell that is its own longest path: mntp, then simcse from it; again, nothing is trained twice."""
-    monkeypatch.setattr(contest, "ROOT", tmp_path)
-    (tmp_path / "results").mkdir()
-    monkeypatch.setattr(contest, "STS", ["STS12", "STSBenchmark"])
-    args = ["contest.py", "--data-dir", data, "--corpus", str(texts_file), "--backbone", str(backbone),
+    """The run that is its own longest path: mntp, then simcse from it; again, nothing is trained twice."""
+    monkeypatch.setattr(compare, "STS", ["STS12", "STSBenchmark"])
+    args = ["compare.py", "--data-dir", data, "--corpus", str(texts_file), "--backbone", str(backbone),
             "--seeds", "1", "2", "--runs", str(tmp_path / "runs"), "--texts", "256",
-            "--tasks", "STS12", "STSBenchmark", "--cells", "mntp, simcse", "data, causal"]
+            "--tasks", "STS12", "STSBenchmark", "--only", "mntp, simcse", "data, causal"]
     monkeypatch.setattr(sys, "argv", args)
-    contest.main()
-    facts = json.loads((tmp_path / "results" / "contest-texts-256.json").read_text())
+    compare.main()
+    facts = json.loads((tmp_path / "runs" / "compare-texts-256.json").read_text())
     row = facts["rows"]["mntp, simcse"]
     assert row["seeds"] == [1, 2] and set(row["whitened"]) == {"STS12", "STSBenchmark", "mean STS"}
     made = lambda name: json.loads((tmp_path / "runs" / name / "t2t.json").read_text())
@@ -118,11 +117,11 @@ def test_two_stages_from_nothing(data, backbone, texts_file, tmp_path, monkeypat
     assert made["texts_seen"] == 256
     assert made["config"]["attention"] == "causal"
     assert [r["seed"] for r in row["runs"]] == [1, 2] and row["runs"][0]["corpus_hash"] == made["corpus_hash"]
-    table = (tmp_path / "results" / "contest-texts-256.md").read_text()
+    table = (tmp_path / "runs" / "compare-texts-256.md").read_text()
     assert "| mntp, simcse | 2 |" in table and "±" in table
 
     def never(*_, **__):
         raise AssertionError("trained again")
     monkeypatch.setattr(t2t, "train", never)
-    contest.main()
-    assert (tmp_path / "results" / "contest-texts-256.md").read_text() == table
+    compare.main()
+    assert (tmp_path / "runs" / "compare-texts-256.md").read_text() == table

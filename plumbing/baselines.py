@@ -1,0 +1,56 @@
+"""The baselines: what the loop of t2t.py minimises in place of its own loss. mntp, then simcse, is LLM2Vec's
+unsupervised recipe (arXiv 2404.05961).
+
+Generators of (loss to descend, loss to show), as t2t.target_loss is. batch: a list of (ids, mask), (b,T) each;
+read(ids, mask) -> x (b,T,C), h (b,C).
+"""
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from plumbing.cli import Error
+
+# OURS: of the token targets, by validation; simcse and mntp: what arXiv 2404.05961 and its code use
+DEFAULT_LR = {"data": 1e-3, "model": 1e-3, "both": 1e-3, "simcse": 3e-5, "mntp": 3e-4, "none": 0.0}
+
+
+def simcse(batch, read, model, dropout=0.3, temperature=0.05):
+    """Baseline: a text is nearest to itself. arXiv 2104.08821, with attention dropout as in arXiv 2404.05961:
+
+        L = -mean_b log softmax_b'(cos(h_b, h'_b') / temperature)[b]      h, h': two readings, two dropouts
+
+    Every text is told from all others of its batch, so the graph of the whole batch is held at once."""
+    attention = [m for m in model.modules()
+                 if isinstance(getattr(m, "attention_dropout", None), (int, float))]
+    if not attention:
+        raise Error("--method simcse: expected a model with attention dropout, got "
+                    f"{model.config.model_type}")
+    for m in attention:
+        m.attention_dropout, m.training = dropout, True
+    h, other = (F.normalize(torch.cat([read(*part)[1] for part in batch]), dim=1) for _ in range(2))   # (B,C)
+    for m in attention:
+        m.training = False
+    L = F.cross_entropy(h @ other.T / temperature, torch.arange(len(h), device=h.device))
+    yield L, L.detach()
+
+
+def mntp(batch, read, H, tok, share=0.2):
+    """Baseline: masked next-token prediction. Some tokens are replaced by `_`; the state *before* such a
+    place, from which the pretrained model already predicts, tells what stood there. arXiv 2404.05961."""
+    mask_id, device = tok("_", add_special_tokens=False)["input_ids"][-1], batch[0][0].device
+    special = torch.tensor(tok.all_special_ids, device=device)
+    hidden = [(torch.rand(ids.shape) < share).to(device) & (mask > 0) & ~torch.isin(ids, special)
+              for ids, mask in batch]                                                              # (b,T) each
+    n = sum(m[:, 1:].sum() for m in hidden).clamp_min(1)
+    for (ids, mask), m in zip(batch, hidden):
+        x, b, t = read(ids.masked_fill(m, mask_id), mask)[0], *m[:, 1:].nonzero(as_tuple=True)
+        L = F.cross_entropy(H(x[b, t]).float(), ids[b, t + 1], reduction="sum") / n
+        yield L, L.detach()
+
+
+def token_entropy(tokens, special, V):
+    """Of single tokens, in nats: the loss of mntp for one that knows how frequent each is, and no more."""
+    n = sum(np.bincount(tokens.ids[i:i + 2**20], minlength=V) for i in range(0, len(tokens.ids), 2**20))
+    n[special] = 0
+    p = n[n > 0] / n.sum()
+    return -(p * np.log(p)).sum().item()

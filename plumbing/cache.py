@@ -1,0 +1,94 @@
+"""Files that are made once and kept: in T2T_CACHE, or in .cache/text2token of the home folder.
+
+Nothing is ever half-written: a file or folder is made beside its place and renamed when it is whole."""
+import hashlib
+import inspect
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+
+KEEP_DAYS = 30                               # entries that no run has used for so long are removed
+
+
+def hash_of(*parts):
+    """A short hash of anything that JSON can hold."""
+    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=10).hexdigest()
+
+
+def source_hash(*functions):
+    """A hash of the source of functions: who edits them does not get what the old ones made."""
+    return hash_of([inspect.getsource(f) for f in functions])
+
+
+def file_hash(path):
+    """sha256 of a file, read in pieces."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def file_stamps(path, suffixes=(".safetensors", ".bin")):
+    """Path, size and time of a file, or of such files below a folder; of a hub id, its name. Tells folders
+    apart without reading them."""
+    files = sorted(f for f in Path(path).rglob("*") if f.name.endswith(suffixes)) or [Path(path)]
+    known = [(f, f.stat()) for f in files if f.is_file()]
+    return [str(path)] + [(str(f.absolute()), s.st_size, s.st_mtime_ns) for f, s in known]
+
+
+def cache_root():
+    return Path(os.environ.get("T2T_CACHE") or Path.home() / ".cache" / "text2token")
+
+
+def cache_path(kind, name):
+    return cache_root() / f"{kind}-{name}"
+
+
+def cache_summary():
+    """Where the cache is and how large, for --help."""
+    try:
+        size = sum(f.lstat().st_size for f in cache_root().rglob("*") if f.is_file())
+    except (OSError, RuntimeError):          # no home folder, or one that cannot be read
+        return "The cache is the folder that T2T_CACHE names."
+    return (f"The cache is {cache_root()} (T2T_CACHE names another), {size / 1e6:.0f} MB; entries not used "
+            f"for {KEEP_DAYS} days are removed.")
+
+
+def cached(kind, name, write):
+    """The folder that write(folder) fills, made once. Its time is that of its last use."""
+    folder = cache_path(kind, name)
+    if not folder.exists():
+        prune()
+        beside = folder.with_name(f"{folder.name}.{os.getpid()}.new")
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+        try:
+            write(beside)
+            if not folder.exists():          # another run may have been faster
+                beside.rename(folder)
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+    try:
+        os.utime(folder)
+    except OSError:                          # a cache that may only be read
+        pass
+    return folder
+
+
+def prune():
+    """Remove entries that no run has used for KEEP_DAYS."""
+    old = time.time() - KEEP_DAYS * 86400
+    for folder in cache_root().glob("*-*"):
+        if folder.lstat().st_mtime < old and folder.is_dir() and not folder.is_symlink():
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_whole(path, text):
+    """Write a text file beside its place, then rename it: the old one or the new, never a half."""
+    beside = path.with_name(path.name + ".partial")
+    beside.write_text(text, "utf-8")
+    os.replace(beside, path)
+
+
+def write_json(path, value):
+    write_whole(path, json.dumps(value, indent=1) + "\n")

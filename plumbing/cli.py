@@ -1,0 +1,97 @@
+"""The command line of t2t.py, made from its Config; checks of the values; how a user's mistake ends."""
+import argparse
+import dataclasses
+import math
+import shlex
+import signal
+import sys
+import typing
+
+from plumbing.cache import cache_summary
+
+
+class Error(ValueError):
+    """Bad input: one line for a person, saying what was expected, what came and what to do."""
+
+
+def flag(name):
+    return "--" + name.replace("_", "-")
+
+
+def kind(field):
+    """The type of a setting's value: of `float | None`, float."""
+    return (typing.get_args(field.type) or (field.type,))[0]
+
+
+def parse(Config, doc):
+    """The command line -> Config, a dataclass of settings."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)                       # Ctrl-C amid imports: no traceback
+    parser = argparse.ArgumentParser(prog="t2t.py", description=doc.split("\n")[0], epilog=cache_summary(),
+                                     allow_abbrev=False)
+    parser.error = end                                                 # argparse would add its usage
+    for f in dataclasses.fields(Config):
+        default = "" if f.default is None or f.type is bool else f" (default: {f.default!r})"
+        value = {"type": kind(f), "default": f.default, "choices": f.metadata["choices"]}
+        value = {"action": "store_true"} if f.type is bool else value
+        parser.add_argument(flag(f.name), help=f.metadata["doc"] + default, **value)
+    try:
+        return checked(Config(**vars(parser.parse_args())))
+    except Error as e:
+        end(e)
+
+
+def checked(config):
+    """config, or Error on a value that no run could use, or on a setting that the method ignores."""
+    for f in dataclasses.fields(config):
+        value, name, least = getattr(config, f.name), flag(f.name), f.metadata["least"]
+        choices, methods = f.metadata["choices"], f.metadata["methods"]
+        if value is None or value == f.default:
+            continue
+        if choices and value not in choices:
+            raise Error(f"{name}: expected one of {', '.join(choices)}, got {value}")
+        if least is not None and not least <= value < math.inf:
+            finite = "" if math.isfinite(value) else "a finite number, "
+            raise Error(f"{name}: expected {finite}{least:g} or more, got {value}")
+        if methods and config.method not in methods:
+            raise Error(f"{name}: expected a method that uses it ({', '.join(methods)}), "
+                        f"got --method {config.method}: leave {name} out")
+    if config.seed > 10**12:                                           # torch takes 64 bits; steps count too
+        raise Error(f"--seed: expected at most 10^12, got {config.seed}")
+    if config.method == "both" and config.top_k < 2:
+        raise Error(f"--top-k: expected 2 or more for both kinds of target, got {config.top_k}")
+    if config.method == "simcse" and config.batch_size < 2:
+        raise Error(f"--batch-size: expected 2 or more, texts to tell apart, got {config.batch_size}")
+    if config.resume and config.overwrite:
+        raise Error("--resume: expected either --resume (go on) or --overwrite (start again), got both")
+    return config
+
+
+def command_line(config):
+    """The command that makes this config."""
+    given = [(flag(f.name), getattr(config, f.name)) for f in dataclasses.fields(config)
+             if getattr(config, f.name) != f.default and f.name not in ("resume", "overwrite")]
+    return shlex.join(["python", "t2t.py", *(part for name, value in given for part in (name, str(value)))])
+
+
+def run_command(train, config):
+    """train(config), with every mistake of a user as one line."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        train(config)
+    except Error as e:
+        end(e)
+    except KeyboardInterrupt as e:
+        end(str(e) or f"interrupted; if {config.out}/state/last.pt exists, --resume goes on from there", 130)
+    except OSError as e:
+        end(f"expected to read and write files, but {e.filename or config.out}: {e.strerror or e}")
+    except RuntimeError as e:
+        if "out of memory" not in str(e) and "not enough memory" not in str(e):
+            raise
+        micro = min(config.micro_batch, config.batch_size)
+        end(f"out of memory: lower --micro-batch (now {micro}), or --max-length (now {config.max_length})")
+
+
+def end(message, status=2):
+    """How a user's mistake ends: one line, no traceback."""
+    print(f"t2t.py: {'error: ' if status == 2 else ''}{message}", file=sys.stderr)
+    sys.exit(status)

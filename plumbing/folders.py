@@ -1,0 +1,241 @@
+"""What a run leaves on disk: its state while it trains, then the checkpoint, in formats that others read.
+
+    OUT/state/               while training: last.pt, everything that the next step depends on, and log.jsonl
+    OUT/                     a SentenceTransformer folder; its weights are the whole causal model and head
+    OUT/sparse/              a SparseEncoder folder: the same weights (hard links), and the head
+    OUT/mean.safetensors     the mean embedding of the corpus, for the sparse vectors
+    OUT/t2t.json             every setting as it was used, versions, hashes and losses
+
+Files are written beside their place and renamed: a kill at any moment leaves the old ones or the new, whole.
+"""
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import threading
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from plumbing.backbones import origin
+from plumbing.cache import write_json
+from plumbing.cli import Error, flag
+
+
+# ----------------------------------------------------------------------------------------- the state of a run
+def start(config):
+    """Make --out -> its place, links followed. Refuse where something else stands, or where an interrupted
+    run would be forgotten."""
+    out = Path(config.out)
+    if out.name in ("", ".."):
+        raise Error(f"--out: expected a folder to be made, got {out}: pass a name such as ckpt")
+    out = out.resolve()
+    aside = aside_of(out)
+    if aside.exists() and not out.exists():                       # killed between the last two renames
+        aside.rename(out)
+    if out.exists() and not out.is_dir():
+        raise Error(f"--out: expected a folder, but {out} is a file: pass another --out")
+    if os.path.ismount(out):                                      # the finished one could not take its place
+        raise Error(f"--out: expected a folder that can be renamed, but {out} is a mount: pass one inside it")
+    inside = {f.name for f in out.iterdir()} if out.exists() else set()
+    begun = (out / "state" / "last.pt").exists()
+    if begun and config.resume:
+        return out
+    if config.overwrite and ("t2t.json" in inside or not inside - {"state"}):
+        shutil.rmtree(out / "state", ignore_errors=True)          # a finished one stays until the new one is
+    elif "t2t.json" in inside:
+        raise Error(f"--out: {out} holds a finished checkpoint: add --overwrite to replace it, or pass another "
+                    "--out")
+    elif other := sorted(inside - {"state"}):
+        raise Error(f"--out: expected a new folder, but {out} holds {other[0]}: pass another --out")
+    elif begun:
+        raise Error(f"--out: {out} holds an interrupted run: add --resume to go on with it, or --overwrite")
+    if config.resume:
+        print(f"--resume: no interrupted run in {out}, so this one starts from the beginning", flush=True)
+    (out / "state").mkdir(parents=True, exist_ok=True)
+    return out
+
+
+def aside_of(out):
+    """Where the unfinished folder stands between two renames: a name that nobody else gives."""
+    return out.with_name(f".{out.name}.t2t-old")
+
+
+def identity(config, corpus_hash):
+    """What a resumed run must share with the one that was interrupted."""
+    free = ("resume", "overwrite", "save_every", "out", "micro_batch")
+    used = {k: v for k, v in dataclasses.asdict(config).items() if k not in free}
+    return used | {"texts of the corpus": corpus_hash, "weights of the backbone": origin(config.backbone),
+                   "weights of --init": origin(config.init) if config.init else None}
+
+
+def save_state(out, config, model, optimizer, run, corpus_hash):
+    """`run`: the step, the scale and what has been counted."""
+    file = out / "state" / "last.pt"
+    torch.save({"identity": identity(config, corpus_hash), "run": run, "optimizer": optimizer.state_dict(),
+                "weights": {n: p for n, p in model.named_parameters() if p.requires_grad}}, f"{file}.new")
+    os.replace(f"{file}.new", file)
+
+
+def load_state(out, config, model, optimizer, corpus_hash):
+    """Put the run back where save_state left it -> run, or None if there is no state. Error if a setting, the
+    corpus or the backbone has changed."""
+    if not (out / "state" / "last.pt").exists():
+        return None
+    state = torch.load(out / "state" / "last.pt", map_location=next(model.parameters()).device, weights_only=True)
+    was, now = state["identity"], identity(config, corpus_hash)
+    changed = [f"{flag(k) if k in was and hasattr(config, k) else k} {v} (was {was.get(k)})"
+               for k, v in now.items() if v != was.get(k)]
+    if changed:
+        raise Error(f"--resume: expected what the interrupted run had, got {', '.join(changed)}")
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.requires_grad:
+                p.copy_(state["weights"][name])
+    optimizer.load_state_dict(state["optimizer"])
+    # steps that came after the state are taken, and logged, again
+    lines = (out / "state" / "log.jsonl").read_text().splitlines()[:state["run"]["step"]]
+    (out / "state" / "log.jsonl").write_text("".join(line + "\n" for line in lines))
+    return state["run"]
+
+
+@contextlib.contextmanager
+def between_steps():
+    """Ctrl-C inside fills the list that this gives, so that a run ends between two steps and not in one."""
+    interrupted, main = [], threading.current_thread() is threading.main_thread()
+    old = signal.signal(signal.SIGINT, lambda *_: interrupted.append(1)) if main else None
+    try:
+        yield interrupted
+    finally:
+        if main:
+            signal.signal(signal.SIGINT, old)
+
+
+# ------------------------------------------------------------------------------------ the finished checkpoint
+def save(out, embedder, config, facts):
+    """Write the whole checkpoint beside OUT, then put it in OUT's place."""
+    new, aside = out.with_name(f".{out.name}.t2t-new"), aside_of(out)
+    for leftover in (new, aside):
+        shutil.rmtree(leftover, ignore_errors=True)
+    new.mkdir(parents=True)
+    embedder.model.cpu().float().save_pretrained(new)
+    embedder.tok.save_pretrained(new)
+    shared = [f for f in new.iterdir() if f.is_file()]            # weights, config and tokenizer
+    save_dense(new, embedder)
+    save_sparse(new / "sparse", shared, embedder)
+    if embedder.mean is not None:
+        save_file({"mean": embedder.mean}, new / "mean.safetensors")
+    write_json(new / "t2t.json", facts | {"ours": ours(config)})
+    (new / "README.md").write_text(model_card(config, facts), "utf-8")
+    if (out / "state" / "log.jsonl").exists():
+        shutil.copy(out / "state" / "log.jsonl", new)
+    out.rename(aside)
+    new.rename(out)
+    shutil.rmtree(aside)
+
+
+def save_dense(folder, embedder):
+    """[Transformer, Pooling, Normalize]"""
+    write_modules(folder, embedder, "SentenceTransformer", ["Transformer", "Pooling", "Normalize"])
+    write_pooling(folder / "1_Pooling", embedder)
+    (folder / "2_Normalize").mkdir()
+
+
+def save_sparse(folder, shared, embedder):
+    """[Transformer, Pooling, Dense]: max(0, W (h - mean)), the K largest, compared by cosine: Embedder.sparse,
+    where the scale s plays no part, since vectors are brought to length 1."""
+    folder.mkdir()
+    for f in shared:
+        try:
+            os.link(f, folder / f.name)
+        except OSError:                                           # a file system without hard links
+            shutil.copy(f, folder)
+    write_modules(folder, embedder, "SparseEncoder", ["Transformer", "Pooling", "Dense"],
+                  max_active_dims=embedder.top_k)
+    write_pooling(folder / "1_Pooling", embedder)
+    W = embedder.model.get_output_embeddings().weight.detach().float().cpu().contiguous()
+    mean = torch.zeros(W.shape[1]) if embedder.mean is None else embedder.mean
+    (folder / "2_Dense").mkdir()
+    write_json(folder / "2_Dense" / "config.json", {
+        "in_features": W.shape[1], "out_features": len(W), "bias": True,
+        "activation_function": "torch.nn.modules.activation.ReLU"})
+    save_file({"linear.weight": W, "linear.bias": -(W @ mean)}, folder / "2_Dense" / "model.safetensors")
+
+
+def write_modules(folder, embedder, model_type, modules, **settings):
+    """What loads the modules, under names which all versions in use can read."""
+    write_json(folder / "modules.json", [
+        {"idx": i, "name": str(i), "path": f"{i}_{name}" if i else "", "type": f"sentence_transformers.models.{name}"}
+        for i, name in enumerate(modules)])
+    write_json(folder / "config_sentence_transformers.json", {
+        "model_type": model_type, "similarity_fn_name": "cosine",
+        "__version__": {"sentence_transformers": version("sentence-transformers"), "torch": torch.__version__,
+                        "transformers": version("transformers")}, **settings})
+    write_json(folder / "sentence_bert_config.json",
+               {"max_seq_length": embedder.max_length, "do_lower_case": False})
+
+
+def write_pooling(folder, embedder):
+    folder.mkdir()
+    write_json(folder / "config.json", {
+        "word_embedding_dimension": embedder.model.get_output_embeddings().weight.shape[1], "include_prompt": True,
+        "pooling_mode_cls_token": False, "pooling_mode_mean_tokens": embedder.pooling == "mean",
+        "pooling_mode_lasttoken": embedder.pooling == "last"})
+
+
+def read_facts(folder):
+    """t2t.json of a checkpoint; {} of anything else."""
+    path = Path(folder) / "t2t.json"
+    return json.loads(path.read_text("utf-8")) if path.is_file() else {}
+
+
+def read_mean(folder):
+    """(C,) the mean embedding of a checkpoint's corpus, or None."""
+    path = Path(folder) / "mean.safetensors"
+    return load_file(path)["mean"] if path.is_file() else None
+
+
+def ours(config):
+    """What of a run the paper's abstract does not state."""
+    data, model = config.method in ("data", "both"), config.method in ("model", "both")
+    used = {"tf-idf weights": data, "first piece of a split word": data,
+            "log p minus its mean over the corpus": model, "measured scale in front of the head": data or model,
+            "frozen embedding": config.method != "none", "every hyper-parameter": config.method != "none",
+            "sparse vectors": True}
+    return [name for name, yes in used.items() if yes]
+
+
+def model_card(config, facts):
+    """A README.md whose front matter the hub accepts: base_model is a hub id or not there."""
+    base, corpus = facts["backbone"], config.corpus
+    meta = {"library_name": "sentence-transformers", "pipeline_tag": "sentence-similarity",
+            "base_model": base.get("hub"), "license": base.get("license"),
+            "language": "en" if corpus == "docstrings" else None,
+            "datasets": f"[{corpus.split(':')[1]}]" if corpus.startswith("hub:") else None,
+            "tags": "[sentence-transformers, sparse-encoder, feature-extraction, text2token]"}
+    front = "\n".join(f"{k}: {v}" for k, v in meta.items() if v)
+    name = base.get("hub") or base["name"]
+    trained = "Not trained." if facts["loss"] is None else (
+        f"Trained on {facts['texts_seen']:,} texts of "
+        f"{'the documentation of Python packages' if corpus == 'docstrings' else Path(corpus).name}, to a loss of "
+        f"{facts['loss']:.3f} nats (the best prediction that ignores the text: {facts['marginal_kl']:.3f}).")
+    source = {"simcse": "A baseline, SimCSE (arXiv 2104.08821)", "none": "A baseline: the backbone as it is",
+              "mntp": "A baseline, masked next-token prediction (arXiv 2404.05961)"}.get(
+                  config.method, "The method is that of arXiv 2510.10224")
+    return f"""---
+{front}
+---
+# {name} as a text embedder
+
+{trained} Method: `{config.method}`. {source}; choices that are not the paper's are listed in t2t.json under "ours",
+with every setting, version and hash. Made with sentence-transformers {version("sentence-transformers")}.
+
+```python
+from sentence_transformers import SentenceTransformer, SparseEncoder
+dense, sparse = SentenceTransformer("this folder"), SparseEncoder("this folder/sparse")
+```
+"""

