@@ -30,7 +30,7 @@ NVCC = ["-O3", "-std=c++20"]
 
 def tools():
     """Error if what a build needs is not there."""
-    here = str(Path(sys.executable).parent)            # ninja of this environment, though it is not activated
+    here = str(Path(sys.executable).parent)          # ninja of this environment, though it is not activated
     if here not in os.environ["PATH"].split(os.pathsep):
         os.environ["PATH"] = here + os.pathsep + os.environ["PATH"]
     compiler = os.environ.get("CXX", "c++")
@@ -50,8 +50,9 @@ def folder_name():
     cuda = with_cuda()
     gpus = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())] if cuda else []
     files = [f for f in sorted(CSRC.iterdir()) if cuda or f.suffix not in (".cu", ".cuh")]
-    return hash_of([f.read_text("utf-8") for f in files], CFLAGS, NVCC, torch.__version__, platform.machine(), sys.version,
-               cuda, sorted(gpus), *map(os.environ.get, ("CXX", "CFLAGS", "TORCH_CUDA_ARCH_LIST")))
+    return hash_of([f.read_text("utf-8") for f in files], CFLAGS, NVCC, torch.__version__, platform.machine(),
+                   sys.version, cuda, sorted(gpus),
+                   *map(os.environ.get, ("CXX", "CFLAGS", "TORCH_CUDA_ARCH_LIST")))
 
 
 def not_loaded(folder, e):

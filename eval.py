@@ -7,8 +7,9 @@
     python eval.py ckpt --sparse                          # its sparse vectors against dense, BM25, fusions
 
 CKPT is a sentence-transformers folder, a hub id, or a bare causal LM: a folder, a .gguf file or smollm2 (read
-as it is: causal, mean over tokens); all in float32. Scores are filed in --out under a hash of what is in the folder: a retrained checkpoint
-never gets old ones, and after an interruption the same command goes on. --out also has the table.
+as it is: causal, mean over tokens); all in float32. Scores are filed in --out under a hash of what is in the
+folder: a retrained checkpoint never gets old ones, and after an interruption the same command goes on. --out
+also has the table.
 Exit status: 0 all scored, 2 a mistake in the call, 3 some task not scored, 130 interrupted.
 """
 import argparse
@@ -125,7 +126,8 @@ def pick(names, benchmark=BENCHMARK):
         chosen = {task.metadata.name: task for task in mteb.get_benchmark(benchmark).tasks}
     except KeyError:
         near = difflib.get_close_matches(benchmark, [b.name for b in mteb.get_benchmarks()]) or [BENCHMARK]
-        raise Error(f"expected a benchmark of mteb, got {benchmark}; use one such as {', '.join(near)}") from None
+        raise Error(f"expected a benchmark of mteb, got {benchmark}; "
+                    f"use one such as {', '.join(near)}") from None
     for name in set(names or ()) - set(chosen):
         try:
             task = chosen[name] = mteb.get_task(name, languages=["eng"], exclusive_language_filter=True)
@@ -370,7 +372,7 @@ def main(argv=None):
     parser.error = lambda line: parser.exit(2, f"eval.py: error: {line}\n")  # argparse would add its usage
     parser.add_argument("paths", nargs="+", metavar="CKPT", help="a model folder, or a hub id")
     parser.add_argument("--tasks", nargs="+", metavar="NAME", help="default: all of the benchmark")
-    parser.add_argument("--benchmark", metavar="NAME", default=BENCHMARK, help="of mteb (default: %(default)s)")
+    parser.add_argument("--benchmark", metavar="NAME", default=BENCHMARK, help="default: %(default)s")
     parser.add_argument("--data-dir", metavar="DIR", help="data in DIR/<hub dataset path>/, offline")
     parser.add_argument("--out", metavar="DIR", default="runs/mteb", help="default: %(default)s")
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="default: %(default)s")

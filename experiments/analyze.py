@@ -93,7 +93,7 @@ def shift_first(base, tuned):
     that shift in units of the mean coefficient: arXiv 2406.17378 finds that adding this to base is nearly
     all."""
     u = np.linalg.svd(base, full_matrices=False)[2][0]
-    shift = (tuned @ u).mean() - (base @ u).mean()             # the sign of u is free, that of the ratio not
+    shift = (tuned @ u).mean() - (base @ u).mean()            # the sign of u is free, that of the ratio not
     return shift * u, float(shift / (base @ u).mean())
 
 

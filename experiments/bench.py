@@ -409,7 +409,7 @@ def tables(device, quick, budget):
         config = LlamaConfig(tie_word_embeddings=True, **shape)
         config.is_causal = False
         return AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype]).eval()
-    T, B = 25, 64                                # the mean of the default corpus, which is not read for this
+    T, B = 25, 64                               # the mean of the default corpus, which is not read for this
     smollm2 = llama(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
                     num_attention_heads=9, num_key_value_heads=3)
     yield step_table(f"SmolLM2-135M's shape, {B} texts of {T} tokens", smollm2, B, 32, T, device, budget,

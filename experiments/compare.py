@@ -251,7 +251,7 @@ def difference(one, two, pair, draws=1000):
             r = r + (w @ (x * y) - X * Y) / np.sqrt((w @ x**2 - X**2) * (w @ y**2 - Y**2)) / len(pair)
         return r
     a, b = (np.array([spearman(run) for run in runs]) for runs in (one, two))              # (S,draws + 1)
-    parts = [((a.mean(0) - b.mean(0))[:-1].var(ddof=1), draws - 1)]                        # variance, freedom
+    parts = [((a.mean(0) - b.mean(0))[:-1].var(ddof=1), draws - 1)]                      # variance, freedom
     parts += [(r[:, -1].var(ddof=1) / len(r), len(r) - 1) for r in (a, b) if len(r) > 1]
     variance = sum(v for v, _ in parts)
     freedom = variance**2 / max(1e-30, sum(v**2 / n for v, n in parts))

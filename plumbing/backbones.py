@@ -24,7 +24,7 @@ def why(error):
 
 
 def resolve(name, option="--backbone"):
-    """What a user calls a backbone -> a folder, or a hub id as it is. A GGUF becomes a folder in the cache."""
+    """What a user calls a backbone -> a folder, or a hub id as it is. A GGUF becomes a folder in the cache"""
     if name == "smollm2" and not Path(name).exists():
         spec = importlib.util.find_spec(SMOLLM2["package"])
         files = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf")) if spec else []
@@ -45,7 +45,7 @@ def resolve(name, option="--backbone"):
 
 
 def read_gguf(file, beside, folder, option):
-    """Dequantise a GGUF file into a folder that AutoModelForCausalLM loads, with what t2t.json keeps of it."""
+    """Dequantise a GGUF file into a folder that AutoModelForCausalLM loads; gguf.json says what it was."""
     if importlib.util.find_spec("gguf") is None:
         raise Error(f"{option}: expected the package gguf to read {file.name}, found none: "
                     "pip install -r requirements.txt")
@@ -61,7 +61,7 @@ def read_gguf(file, beside, folder, option):
             where[0], gguf_file=where[1], config=config, dtype=torch.float32, output_loading_info=True,
             quantization_config=GgufConfig(dequantize=True))
         tok = AutoTokenizer.from_pretrained(where[0], **({} if beside else {"gguf_file": where[1]}))
-    except Exception as e:                                             # gguf and transformers raise many types
+    except Exception as e:                                          # gguf and transformers raise many types
         raise Error(f"{option}: expected a GGUF file that transformers reads (a Llama, Qwen, Mistral, Gemma, "
                     f"...); {file} is damaged, cut short or of another kind: {why(e)}") from None
     missing = sorted(info["missing_keys"])
@@ -90,7 +90,7 @@ def origin(name):
         try:
             from huggingface_hub import ModelCard
             facts["license"] = ModelCard.load(name).data.license
-        except Exception:                                              # no card, no network: nothing is said
+        except Exception:                                             # no card, no network: nothing is said
             pass
     else:
         facts["weights"] = hash_of([file_hash(f) for f in sorted(folder.glob("*.safetensors"))])
@@ -109,18 +109,20 @@ def read_backbone(name, attention, dtype=torch.float32, option="--backbone"):
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     quiet()
     folder = resolve(name, option)
-    where = f"folder {name}" if Path(folder).exists() else f"{name} (no such folder; a hub id needs a network)"
+    where = f"folder {name}" if Path(folder).exists() else (
+        f"{name} (no such folder; a hub id needs a network)")
     try:
         settings = AutoConfig.from_pretrained(folder)
         for part in (settings, settings.get_text_config()):            # of a model that also sees: its own
-            part.is_causal = attention == "causal"                     # the documented switch; checked below
+            part.is_causal = attention == "causal"                    # the documented switch; checked below
         model, info = AutoModelForCausalLM.from_pretrained(folder, config=settings, dtype=dtype,
                                                            output_loading_info=True)
         tok = AutoTokenizer.from_pretrained(folder, padding_side="right")
     except torch.OutOfMemoryError:
         raise
     except Exception as e:                                             # each library has types of its own
-        raise Error(f"{option}: expected a causal language model; {where} can not be read: {why(e)}") from None
+        raise Error(f"{option}: expected a causal language model; {where} can not be read: "
+                    f"{why(e)}") from None
     rows, missing = len(model.get_input_embeddings().weight), sorted(info["missing_keys"])
     if missing:
         raise Error(f"{option}: expected a whole causal language model, but {where} lacks {missing[0]} and "
@@ -129,7 +131,7 @@ def read_backbone(name, attention, dtype=torch.float32, option="--backbone"):
         raise Error(f"{option}: expected a tokenizer that fits the model, but in {where} it has {len(tok)} "
                     f"entries and the embedding {rows}")
     if tok.pad_token_id is None:
-        tok.pad_token = tok.eos_token or tok.convert_ids_to_tokens(0)      # never attended to: any id will do
+        tok.pad_token = tok.eos_token or tok.convert_ids_to_tokens(0)    # never attended to: any id will do
     check_attention(model.eval(), attention, option)
     return model, tok
 

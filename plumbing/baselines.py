@@ -1,7 +1,7 @@
 """The baselines: what the loop of t2t.py minimises in place of its own loss. mntp, then simcse, is LLM2Vec's
 unsupervised recipe (arXiv 2404.05961).
 
-Generators of (loss to descend, loss to show), as t2t.target_loss is. batch: a list of (ids, mask), (b,T) each;
+Generators of (loss to descend, loss to show), as t2t.target_loss is. batch: a list of (ids, mask) (b,T);
 read(ids, mask) -> x (b,T,C), h (b,C).
 """
 import numpy as np
@@ -9,9 +9,6 @@ import torch
 import torch.nn.functional as F
 
 from plumbing.cli import Error
-
-# OURS: of the token targets, by validation; simcse and mntp: what arXiv 2404.05961 and its code use
-DEFAULT_LR = {"data": 1e-3, "model": 1e-3, "both": 1e-3, "simcse": 3e-5, "mntp": 3e-4, "none": 0.0}
 
 
 def simcse(batch, read, model, dropout=0.3, temperature=0.05):
@@ -27,7 +24,7 @@ def simcse(batch, read, model, dropout=0.3, temperature=0.05):
                     f"{model.config.model_type}")
     for m in attention:
         m.attention_dropout, m.training = dropout, True
-    h, other = (F.normalize(torch.cat([read(*part)[1] for part in batch]), dim=1) for _ in range(2))   # (B,C)
+    h, other = (F.normalize(torch.cat([read(*part)[1] for part in batch]), dim=1) for _ in range(2))  # (B,C)
     for m in attention:
         m.training = False
     L = F.cross_entropy(h @ other.T / temperature, torch.arange(len(h), device=h.device))
@@ -40,7 +37,7 @@ def mntp(batch, read, H, tok, share=0.2):
     mask_id, device = tok("_", add_special_tokens=False)["input_ids"][-1], batch[0][0].device
     special = torch.tensor(tok.all_special_ids, device=device)
     hidden = [(torch.rand(ids.shape) < share).to(device) & (mask > 0) & ~torch.isin(ids, special)
-              for ids, mask in batch]                                                              # (b,T) each
+              for ids, mask in batch]                                                           # (b,T) each
     n = sum(m[:, 1:].sum() for m in hidden).clamp_min(1)
     for (ids, mask), m in zip(batch, hidden):
         x, b, t = read(ids.masked_fill(m, mask_id), mask)[0], *m[:, 1:].nonzero(as_tuple=True)

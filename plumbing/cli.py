@@ -55,7 +55,7 @@ def checked(config):
         if methods and config.method not in methods:
             raise Error(f"{name}: expected a method that uses it ({', '.join(methods)}), "
                         f"got --method {config.method}: leave {name} out")
-    if config.seed > 10**12:                                           # torch takes 64 bits; steps count too
+    if config.seed > 10**12:                                          # torch takes 64 bits; steps count too
         raise Error(f"--seed: expected at most 10^12, got {config.seed}")
     if config.method == "both" and config.top_k < 2:
         raise Error(f"--top-k: expected 2 or more for both kinds of target, got {config.top_k}")

@@ -144,7 +144,7 @@ def hub(name, column="text"):
     def rows():
         try:
             yield from datasets.load_dataset(name, split="train", streaming=True)
-        except Exception as e:                       # offline, unknown, gated: datasets has many types for it
+        except Exception as e:                     # offline, unknown, gated: datasets has many types for it
             why = (str(e).strip() or type(e).__name__).splitlines()[0]
             raise Error(f"--corpus: expected a data set on the hub, but {name} can not be read here "
                         f"({why}): check the name and the network, or pass a file") from None
@@ -159,7 +159,7 @@ def hub(name, column="text"):
 LITERAL = re.compile(r'(?<![\w\'"])[rRuU]?("""|\'\'\')(.*?)\1', re.S)
 MARKUP = [(re.compile(p, re.S), r) for p, r in (
     (r":[\w:]+:`[~!]?(?:[^`<]*?\.)?([^`<.]+?)(?:\s*<[^`]*>)?`", r"\1"),      # :class:`~a.b.C` -> C
-    (r"`([^`<]+?)\s*<[^`>]*>`_{0,2}", r"\1"), (r"\[([^\]]*)\]\([^)]*\)", r"\1"),         # links -> their text
+    (r"`([^`<]+?)\s*<[^`>]*>`_{0,2}", r"\1"), (r"\[([^\]]*)\]\([^)]*\)", r"\1"),       # links -> their text
     (r"\s?\[[\w# ]*\]_?", ""), (r"`{1,2}([^`]*)`{1,2}_?", r"\1"),
     (r"\*{1,2}([^*\s][^*]*)\*{1,2}", r"\1"))]
 CODE = re.compile(r">>>|\.\.\. |^\s*\.\. |::$|https?:|[{}\\=|<>@#$_~^]|\w\(|\w\.\w|--|\+\+", re.M)

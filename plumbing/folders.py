@@ -39,17 +39,17 @@ def start(config):
         aside.rename(out)
     if out.exists() and not out.is_dir():
         raise Error(f"--out: expected a folder, but {out} is a file: pass another --out")
-    if os.path.ismount(out):                                      # the finished one could not take its place
+    if os.path.ismount(out):                                     # the finished one could not take its place
         raise Error(f"--out: expected a folder that can be renamed, but {out} is a mount: pass one inside it")
     inside = {f.name for f in out.iterdir()} if out.exists() else set()
     begun = (out / "state" / "last.pt").exists()
     if begun and config.resume:
         return out
     if config.overwrite and ("t2t.json" in inside or not inside - {"state"}):
-        shutil.rmtree(out / "state", ignore_errors=True)          # a finished one stays until the new one is
+        shutil.rmtree(out / "state", ignore_errors=True)         # a finished one stays until the new one is
     elif "t2t.json" in inside:
-        raise Error(f"--out: {out} holds a finished checkpoint: add --overwrite to replace it, or pass another "
-                    "--out")
+        raise Error(f"--out: {out} holds a finished checkpoint: add --overwrite to replace it, or pass "
+                    "another --out")
     elif other := sorted(inside - {"state"}):
         raise Error(f"--out: expected a new folder, but {out} holds {other[0]}: pass another --out")
     elif begun:
@@ -86,7 +86,8 @@ def load_state(out, config, model, optimizer, corpus_hash):
     corpus or the backbone has changed."""
     if not (out / "state" / "last.pt").exists():
         return None
-    state = torch.load(out / "state" / "last.pt", map_location=next(model.parameters()).device, weights_only=True)
+    device = next(model.parameters()).device
+    state = torch.load(out / "state" / "last.pt", map_location=device, weights_only=True)
     was, now = state["identity"], identity(config, corpus_hash)
     changed = [f"{flag(k) if k in was and hasattr(config, k) else k} {v} (was {was.get(k)})"
                for k, v in now.items() if v != was.get(k)]
@@ -129,7 +130,8 @@ def save(out, embedder, config, facts):
     save_sparse(new / "sparse", shared, embedder)
     if embedder.mean is not None:
         save_file({"mean": embedder.mean}, new / "mean.safetensors")
-    write_json(new / "t2t.json", facts | {"ours": ours(config)})
+    facts = facts | {"ours": ours(config), "versions": versions()}
+    write_json(new / "t2t.json", facts)
     (new / "README.md").write_text(model_card(config, facts), "utf-8")
     if (out / "state" / "log.jsonl").exists():
         shutil.copy(out / "state" / "log.jsonl", new)
@@ -146,8 +148,7 @@ def save_dense(folder, embedder):
 
 
 def save_sparse(folder, shared, embedder):
-    """[Transformer, Pooling, Dense]: max(0, W (h - mean)), the K largest, compared by cosine: Embedder.sparse,
-    where the scale s plays no part, since vectors are brought to length 1."""
+    """[Transformer, Pooling, Dense]: max(0, W (h - mean)), the K largest, by cosine: Embedder.sparse"""
     folder.mkdir()
     for f in shared:
         try:
@@ -169,7 +170,8 @@ def save_sparse(folder, shared, embedder):
 def write_modules(folder, embedder, model_type, modules, **settings):
     """What loads the modules, under names which all versions in use can read."""
     write_json(folder / "modules.json", [
-        {"idx": i, "name": str(i), "path": f"{i}_{name}" if i else "", "type": f"sentence_transformers.models.{name}"}
+        {"idx": i, "name": str(i), "path": f"{i}_{name}" if i else "",
+         "type": f"sentence_transformers.models.{name}"}
         for i, name in enumerate(modules)])
     write_json(folder / "config_sentence_transformers.json", {
         "model_type": model_type, "similarity_fn_name": "cosine",
@@ -182,7 +184,8 @@ def write_modules(folder, embedder, model_type, modules, **settings):
 def write_pooling(folder, embedder):
     folder.mkdir()
     write_json(folder / "config.json", {
-        "word_embedding_dimension": embedder.model.get_output_embeddings().weight.shape[1], "include_prompt": True,
+        "word_embedding_dimension": embedder.model.get_output_embeddings().weight.shape[1],
+        "include_prompt": True,
         "pooling_mode_cls_token": False, "pooling_mode_mean_tokens": embedder.pooling == "mean",
         "pooling_mode_lasttoken": embedder.pooling == "last"})
 
@@ -203,10 +206,16 @@ def ours(config):
     """What of a run the paper's abstract does not state."""
     data, model = config.method in ("data", "both"), config.method in ("model", "both")
     used = {"tf-idf weights": data, "first piece of a split word": data,
-            "log p minus its mean over the corpus": model, "measured scale in front of the head": data or model,
+            "log p minus its mean over the corpus": model,
+            "measured scale in front of the head": data or model, "loss at single words": data or model,
             "frozen embedding": config.method != "none", "every hyper-parameter": config.method != "none",
             "sparse vectors": True}
     return [name for name, yes in used.items() if yes]
+
+
+def versions():
+    return {p: version(p) for p in ("torch", "transformers", "peft", "tokenizers", "numpy", "gguf",
+                                    "sentence-transformers")}
 
 
 def model_card(config, facts):
@@ -220,9 +229,10 @@ def model_card(config, facts):
     front = "\n".join(f"{k}: {v}" for k, v in meta.items() if v)
     name = base.get("hub") or base["name"]
     trained = "Not trained." if facts["loss"] is None else (
-        f"Trained on {facts['texts_seen']:,} texts of "
-        f"{'the documentation of Python packages' if corpus == 'docstrings' else Path(corpus).name}, to a loss of "
+        f"Trained on {facts['texts_seen']:,} texts of {'package documentation' * (corpus == 'docstrings')}"
+        f"{Path(corpus).name * (corpus != 'docstrings')}, to a loss of "
         f"{facts['loss']:.3f} nats (the best prediction that ignores the text: {facts['marginal_kl']:.3f}).")
+    library = facts["versions"]["sentence-transformers"]
     source = {"simcse": "A baseline, SimCSE (arXiv 2104.08821)", "none": "A baseline: the backbone as it is",
               "mntp": "A baseline, masked next-token prediction (arXiv 2404.05961)"}.get(
                   config.method, "The method is that of arXiv 2510.10224")
@@ -231,8 +241,8 @@ def model_card(config, facts):
 ---
 # {name} as a text embedder
 
-{trained} Method: `{config.method}`. {source}; choices that are not the paper's are listed in t2t.json under "ours",
-with every setting, version and hash. Made with sentence-transformers {version("sentence-transformers")}.
+{trained} Method: `{config.method}`. {source}; choices that are not the paper's are listed in t2t.json
+under "ours", with every setting, version and hash. Made with sentence-transformers {library}.
 
 ```python
 from sentence_transformers import SentenceTransformer, SparseEncoder

@@ -36,7 +36,7 @@ def test_key_alignment_by_hand(backbone):
 
 
 def test_spectrum_and_rank_by_hand():
-    h = np.array([[2.0, 0, 0], [-5, 0, 0], [0, 1, 0], [0, 3, 0]])     # unit vectors: two on each of two axes
+    h = np.array([[2.0, 0, 0], [-5, 0, 0], [0, 1, 0], [0, 3, 0]])    # unit vectors: two on each of two axes
     shares = analyze.spectrum(h)
     np.testing.assert_allclose(shares, [0.5, 0.5, 0], atol=1e-12)
     assert analyze.effective_rank(shares) == pytest.approx(2)
@@ -94,13 +94,13 @@ def test_wordnet_knows_its_neighbours():
 
 # ------------------------------------------------------------------------------------------------- the page
 def test_page_and_picture(backbone, texts_file, tmp_path):
-    out = Path(t2t.train(config(backbone, texts_file, tmp_path / "ckpt", steps=100, lr=1e-2)))
+    out = Path(t2t.train(config(backbone, texts_file, tmp_path / "ckpt", steps=400, lr=1e-2)))
     run = subprocess.run([sys.executable, "experiments/analyze.py", str(out), "The wolf sees the goat."], cwd=ROOT,
                          capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert run.stdout.startswith("The wolf sees the goat.\n    before") and "first PC" in run.stdout
     facts = json.loads((out / "analysis.json").read_text())
-    assert facts["after"]["key"] > facts["before"]["key"]                 # it learned what it was trained for
+    assert facts["after"]["key"] > facts["before"]["key"]               # it learned what it was trained for
     for row in ("before", "start", "after"):
         assert sum(facts[row]["spectrum"]) == pytest.approx(1)
         shares = ("hit@10", "local", "global", "key", "halves")

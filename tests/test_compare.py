@@ -47,7 +47,7 @@ def test_interval_is_as_wide_as_theory(gold):
     width t(2) 0.577 / sqrt(3) = 1.434, to which the pairs add little."""
     rng = np.random.default_rng(1)
     noise = [{t: np.stack([rng.random(200), g]) for t, g in gold.items()}]
-    constant = [{t: np.stack([g, g]) for t, g in gold.items()}]                             # 1 in every draw
+    constant = [{t: np.stack([g, g]) for t, g in gold.items()}]                            # 1 in every draw
     width = lambda one, pair: np.subtract(*compare.difference(one, constant, pair)[:0:-1]) / 2 / 1.96 / 100
     apart = dict(zip(gold, np.arange(600).reshape(3, 200)))
     assert width(noise, apart) == pytest.approx(600 ** -0.5, rel=0.15)

@@ -26,7 +26,7 @@ TYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3
 @pytest.mark.parametrize("source", sorted(CSRC.glob("*.cu")), ids=lambda p: p.name)
 def test_no_spills(source, arch, tmp_path, record_property):
     from build_ext import NVCC
-    from torch.utils.cpp_extension import COMMON_NVCC_FLAGS        # among them: no conversions of half types
+    from torch.utils.cpp_extension import COMMON_NVCC_FLAGS       # among them: no conversions of half types
     command = ["nvcc", "-c", *COMMON_NVCC_FLAGS, *NVCC, "-Xptxas", "-v", f"-arch={arch}", source, "-o", "o.o"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

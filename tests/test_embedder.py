@@ -38,7 +38,7 @@ def test_attention_is_proved_or_refused(name, attention, tmp_path, tok):
     tok.save_pretrained(folder)
     try:
         model, _ = load_backbone(str(folder), attention)
-    except Error as e:                            # an architecture may not honour the switch: then it says so
+    except Error as e:                          # an architecture may not honour the switch: then it says so
         assert attention == "bidirectional" and "does not honour is_causal = False" in str(e)
         assert name in ("gpt_neox", "phi", "cohere", "granite"), f"{name} is documented to work"
         return

@@ -98,7 +98,7 @@ def test_constant_is_the_loss_of_the_best_constant_prediction(tmp_path, monkeypa
     q = build_targets(Config(top_k=3), corpus_of(rows, tmp_path), words, None, None)
     i, p = torch.from_numpy(np.array(q.indices)).long(), torch.from_numpy(np.array(q.probs)).double()
     dense = torch.zeros(4, 24, dtype=torch.float64).scatter_add_(1, i.where(i >= 0, 23), p)[:3, :23]
-    z = torch.zeros(23, dtype=torch.float64, requires_grad=True)   # minimise over constant logits: the oracle
+    z = torch.zeros(23, dtype=torch.float64, requires_grad=True)  # minimise over constant logits: the oracle
     optimizer = torch.optim.LBFGS([z], max_iter=500, tolerance_grad=1e-12, line_search_fn="strong_wolfe")
 
     def loss():

@@ -48,10 +48,10 @@ def test_every_text_once_an_epoch():
         seen = np.concatenate([bucketed_batch(epoch * 31 + i, 7, lengths, 32) for i in range(31)])
         assert len(np.unique(seen)) == 31 * 32
     assert not np.array_equal(bucketed_batch(0, 7, lengths, 32), bucketed_batch(31, 7, lengths, 32))  # epochs differ
-    assert not np.array_equal(bucketed_batch(0, 7, lengths, 32), bucketed_batch(0, 8, lengths, 32))   # seeds differ
+    assert not np.array_equal(bucketed_batch(0, 7, lengths, 32), bucketed_batch(0, 8, lengths, 32))  # seeds differ
     np.testing.assert_array_equal(bucketed_batch(40, 7, lengths, 32), bucketed_batch(40, 7, lengths, 32))
     grouped = np.mean([np.ptp(lengths[bucketed_batch(i, 7, lengths, 32)]) for i in range(16)])
-    assert grouped < 0.2 * np.ptp(lengths)                                             # like lengths together
+    assert grouped < 0.2 * np.ptp(lengths)                                           # like lengths together
 
 
 def test_learning_rate_by_hand():
@@ -64,13 +64,13 @@ def test_learning_rate_by_hand():
 def test_it_learns_and_the_vocabulary_is_frozen(backbone, texts_file, tmp_path):
     out = train(config(backbone, texts_file, tmp_path / "a", steps=600, lr=2e-2))
     facts = json.loads((Path(out) / "t2t.json").read_text())
-    assert np.mean([r["loss"] for r in log(out)[-30:]]) < facts["marginal_kl"] - 0.3   # better than any constant
+    assert np.mean([r["loss"] for r in log(out)[-30:]]) < facts["marginal_kl"] - 0.3  # better than any constant
     before, after = weights(backbone), weights(out)
     assert set(before) == set(after)                             # the head is still tied
     for name in before:
         assert torch.equal(after[name], before[name]) == (name == "model.embed_tokens.weight"), name
     e, words = Embedder.load(out), "dog wolf".split()
-    for animal in words:                                         # and what it lights up is what the text says
+    for animal in words:                                       # and what it lights up is what the text says
         lit = [t for t, _ in e.top_tokens([f"The {animal} sees the {animal} in the garden."], 5)[0]]
         assert animal in lit, lit
     lines = log(out)
@@ -91,7 +91,7 @@ def test_micro_batches_give_the_same_gradient(backbone, texts_file, tmp_path):
 def test_adapters_are_merged(backbone, texts_file, tmp_path):
     out = train(config(backbone, texts_file, tmp_path / "a", lora_rank=4, lr=1e-2))
     before, after = weights(backbone), weights(out)
-    assert set(before) == set(after)                          # no adapter is left, and the head is still tied
+    assert set(before) == set(after)                        # no adapter is left, and the head is still tied
     changed = {k for k in before if not torch.equal(before[k], after[k])}
     assert changed == {k for k in before if "proj" in k}
 
@@ -131,7 +131,7 @@ def test_stages_and_none(backbone, texts_file, tmp_path):
     for k, w in weights(none).items():
         assert_close(w, weights(backbone)[k])
     a, b = weights(first), weights(second)
-    for k in a:                                            # the second stage starts where the first one ended
+    for k in a:                                          # the second stage starts where the first one ended
         assert_close(a[k], b[k], rtol=1e-5, atol=1e-6)
     assert (Path(none) / "sparse").exists()
 
@@ -161,7 +161,7 @@ def test_resumed_equals_uninterrupted(backbone, texts_file, tmp_path, rank, dtyp
 
     def crash(step, _):
         if step == 5:
-            raise Stop                                             # after step 5, the state is that of step 4
+            raise Stop                                           # after step 5, the state is that of step 4
     with pytest.raises(Stop):
         train(config(backbone, texts_file, tmp_path / "part", lora_rank=rank, dtype=dtype), on_step=crash)
     assert [f.name for f in (tmp_path / "part").iterdir()] == ["state"]
@@ -192,11 +192,11 @@ def test_ctrl_c_and_kill_leave_a_state(backbone, texts_file, tmp_path, how):
     _, err = run.communicate(timeout=60)
     assert run.returncode == (130 if how == signal.SIGINT else -how)
     if how == signal.SIGINT:
-        assert "add --resume to the same command" in err and "Traceback" not in err
+        assert "the same command with --resume goes on" in err and "Traceback" not in err
     state = torch.load(out / "state" / "last.pt", weights_only=True)
     step, last = state["run"]["step"], log(out)[-1]["step"]
     assert step == last if how == signal.SIGINT else 0 <= last - step <= 3 and step % 2 == 0
-    again = cli(*args)                                           # without --resume: refused, nothing is lost
+    again = cli(*args)                                          # without --resume: refused, nothing is lost
     _, err = again.communicate(timeout=60)
     assert again.returncode == 2 and "add --resume" in err and len(err.splitlines()) == 1
 
@@ -206,7 +206,7 @@ def test_resume_with_changed_arguments(backbone, texts_file, tmp_path):
         raise Stop
     with pytest.raises(Stop):
         train(config(backbone, texts_file, tmp_path / "a", save_every=1), on_step=crash)
-    with pytest.raises(Stop):                            # crash() comes before the first save: step 2 has one
+    with pytest.raises(Stop):                          # crash() comes before the first save: step 2 has one
         train(config(backbone, texts_file, tmp_path / "c", save_every=1),
               on_step=lambda s, _: s == 2 and crash(s, _))
     with pytest.raises(Error, match=r"--lr 0.5 \(was 0.004\), --seed 7 \(was 42\)"):
@@ -240,7 +240,7 @@ def test_overwrite(backbone, texts_file, tmp_path):
 
     def crash(*_):
         raise Stop
-    with pytest.raises(Stop):                                      # the old one stays until the new one is there
+    with pytest.raises(Stop):                                 # the old one stays until the new one is there
         train(config(backbone, texts_file, out, steps=2, overwrite=True), on_step=crash)
     assert Embedder.load(out).encode(["x"]).shape == (1, 32)
     again = train(config(backbone, texts_file, out, steps=3, overwrite=True))
@@ -403,7 +403,7 @@ def test_bad_input_ends_in_one_line(backbone, texts_file, tmp_path, capsys):
     (tmp_path / "full" / "thesis.tex").write_text("mine")
     assert "holds thesis.tex" in fails(capsys, **{**good, "out": str(tmp_path / "full")})
     assert "is a file" in fails(capsys, **{**good, "out": str(texts_file)})
-    for here in (".", "", ".."):                                     # renaming it would pull away the ground
+    for here in (".", "", ".."):                                    # renaming it would pull away the ground
         assert "pass a name such as ckpt" in fails(capsys, **{**good, "out": here})
     assert "expected at most 256, the positions of" in fails(capsys, **good, max_length=257)
     assert "expected a checkpoint made from" in fails(capsys, **good, init=str(other_vocabulary(tmp_path)))

@@ -1,0 +1,52 @@
+"""Checks of arguments and settings that need torch: what vocab_kl takes, what this machine has."""
+import math
+from dataclasses import replace
+
+import torch
+
+from build_ext import choose
+from plumbing.cli import Error
+
+# OURS: for token targets, by validation (results/README.md); simcse: of arXiv 2404.05961; mntp: of trials
+DEFAULT_LR = {"data": 1e-3, "model": 1e-3, "both": 1e-3, "simcse": 3e-5, "mntp": 3e-4, "none": 0.0}
+
+
+def settle(config):
+    """Config with None and "auto" replaced by what this machine and this method use."""
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise Error("--device cuda: expected a GPU that torch can use, found none: pass --device cpu")
+    device = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        computes_bfloat16 = torch.cuda.is_bf16_supported()
+    else:                                                              # AVX512-BF16, AMX; others emulate it
+        computes_bfloat16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    dtype = "bfloat16" if config.dtype == "auto" and computes_bfloat16 else config.dtype
+    return replace(config, device=device, dtype="float32" if dtype == "auto" else dtype,
+                   impl=choose(config.impl, device),
+                   lr=DEFAULT_LR[config.method] if config.lr is None else config.lr,
+                   micro_batch=min(config.micro_batch, config.batch_size))
+
+
+def check_targets(name, rows, V, indices, probs, reduction, impl, check):
+    """ValueErrors that name the argument, what was expected and what came."""
+    op = {"logits": "vocab_kl", "hidden": "linear_vocab_kl", "out": "scatter_targets"}[name]
+
+    def expect(ok, what, expected, got):
+        if not ok:
+            raise ValueError(f"{op}: {what}: expected {expected}, got {got}")
+    expect(reduction in ("mean", "sum", "none"), "reduction", "mean, sum or none", reduction)
+    expect(impl in ("auto", "torch", "ext"), "impl", "auto, torch or ext", impl)
+    got = tuple(rows.shape), rows.dtype
+    expect(rows.ndim == 2 and rows.is_floating_point(), name, "a floating-point matrix", got)
+    shape, N = tuple(indices.shape), len(rows)
+    expect(indices.ndim == 2 and shape[0] == N and shape[1] > 0, "indices", f"({N}, K), K > 0", shape)
+    expect(indices.dtype in (torch.int32, torch.int64), "indices", "int32 or int64", indices.dtype)
+    expect(probs.shape == indices.shape, "probs", f"{shape}, as indices", tuple(probs.shape))
+    expect(probs.is_floating_point(), "probs", "a floating-point type", probs.dtype)
+    expect(not probs.requires_grad, "probs", "constants", "requires_grad=True")
+    check = rows.device.type == "cpu" and not torch.compiler.is_compiling() if check is None else check
+    if check and indices.numel():
+        low, high = (x.item() for x in indices.aminmax())
+        expect(-1 <= low and high < V, "indices", f"-1 to V - 1 = {V - 1}", f"{low} to {high}")
+        low, high = (x.item() for x in probs.aminmax())                # NaN is neither
+        expect(low >= 0 and high < math.inf, "probs", "finite and not negative", f"{low} to {high}")
