@@ -6,7 +6,7 @@
 
 A trained run is one call of t2t.train a stage; stages follow one another through --init, each with an even
 share of the number of texts (the later one reads those of the first again). An untrained baseline is a function
-of experiments/untrained.py. Every vector is scored raw and half whitened (whitening_matrix, from 2,048 texts of
+of experiments/untrained.py. Every vector is scored raw and half whitened (t2t.whitening_matrix, from 2,048 texts of
 the corpus), so no method wins by what could be done to all of them; tf-idf, of V dimensions, only raw. Test
 splits are scored with the settings that --tune found; it looks at STSBenchmark validation and Banking77 train
 only. Runs are kept in --runs, the tables beside them; --publish writes results/compare-CORPUS-TEXTS.json and .md.
@@ -27,6 +27,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
 
 import mteb  # noqa: E402
 import numpy as np  # noqa: E402
+import torch  # noqa: E402
 from scipy.stats import rankdata, spearmanr  # noqa: E402
 from scipy.stats import t as t_distribution  # noqa: E402
 from sklearn.metrics.pairwise import paired_cosine_distances  # noqa: E402
@@ -34,7 +35,7 @@ from sklearn.preprocessing import normalize  # noqa: E402
 
 import eval as evaluation  # noqa: E402
 import t2t  # noqa: E402
-from untrained import NAMES, Function, untrained, whitening_matrix  # noqa: E402
+from untrained import NAMES, Function, untrained  # noqa: E402
 
 STS = ["STS12", "STS13", "STSBenchmark"]
 CONTRAST = dict(method="simcse", batch_size=128, lr=3e-5)
@@ -153,14 +154,14 @@ def run(name, seed, tasks, a, baselines, some):
     begun = place(name, seed, a).exists()              # perhaps by other code
     if name in baselines:
         read = once(baselines[name])
-        W = None if name == "tf-idf" else whitening_matrix(read(some))   # V dimensions: no
+        W = None if name == "tf-idf" else t2t.whitening_matrix(torch.from_numpy(read(some))).numpy()   # V dimensions: no
     else:
         here = commit()
         embedder, folder = train(name, RUNS[name], seed, a)
         made = json.loads((folder / "t2t.json").read_text())
         facts = {k: made[k] for k in KEPT if k in made} | {"commit": None if begun else here}
         read = once(lambda texts: embedder.pooled(embedder.token_ids(texts)).numpy())
-        W = whitening_matrix(read(some))
+        W = t2t.whitening_matrix(torch.from_numpy(read(some))).numpy()
     arrays = dict(np.load(file)) if file.exists() else {}
     for how, reading in [("raw", read)] + [("whitened", whitened(read, W))] * (W is not None):
         scores, items = score(reading, missing)

@@ -27,7 +27,6 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from mteb.models import ModelMeta  # noqa: E402
 from mteb.models.abs_encoder import AbsEncoder  # noqa: E402
-from sklearn.preprocessing import normalize  # noqa: E402
 
 import eval as evaluation  # noqa: E402
 import t2t  # noqa: E402
@@ -36,20 +35,6 @@ from plumbing.corpus import tokenize, tokenize_corpus  # noqa: E402
 
 
 NAMES = "mean, last, mean bidirectional, prompt, echo, mean - PC, head rows, SIF, tf-idf".split(", ")
-
-
-def whitening_matrix(h, power=0.5, ridge=0.01):
-    """h (N,C) -> W (C,C) float32, symmetric: h W spreads more evenly over the directions that h uses.
-
-        S = mean_n u_n u_n',  u = h / |h|, in units of its mean eigenvalue,       W = (S + ridge I)^(-power/2)
-
-    power 1: all directions nearly alike; 0.5: half way. Fewer than 4 C texts give a noisy S, so the ridge is
-    larger. As in arXiv 2103.15316, not centred."""
-    u = normalize(h).astype(np.float64)
-    N, C = h.shape
-    eigenvalues, E = np.linalg.eigh(u.T @ u / N)
-    eigenvalues = np.maximum(eigenvalues, 0) / eigenvalues.mean() + ridge * max(1, 4 * C / N) ** 2
-    return ((E * eigenvalues ** (-power / 2)) @ E.T).astype(np.float32)
 
 
 def untrained(backbone, corpus, max_length=128):

@@ -136,6 +136,15 @@ def read_backbone(name, attention, dtype=torch.float32, option="--backbone"):
     return model, tok
 
 
+def usable_length(model, config):
+    """How many tokens of a text are read in use. OURS: 256 even where training saw less, if the model can."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+    if config.max_length > positions:
+        raise Error(f"--max-length: expected at most {positions}, the positions of {config.backbone}, "
+                    f"got {config.max_length}")
+    return min(max(config.max_length, 256), positions)
+
+
 @torch.no_grad()
 def check_attention(model, attention, option="--backbone"):
     """Change the last token: does the first state move? Asked of one text alone, and of one with padding.

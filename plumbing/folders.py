@@ -3,7 +3,7 @@
     OUT/state/               while training: last.pt, everything that the next step depends on, and log.jsonl
     OUT/                     a SentenceTransformer folder; its weights are the whole causal model and head
     OUT/sparse/              a SparseEncoder folder: the same weights (hard links), and the head
-    OUT/mean.safetensors     the mean embedding of the corpus, for the sparse vectors
+    OUT/statistics.safetensors   of the corpus: W (C,C) for the dense vectors, mean (C,) for the sparse ones
     OUT/t2t.json             every setting as it was used, versions, hashes and losses
 
 Files are written beside their place and renamed: a kill at any moment leaves the old ones or the new, whole.
@@ -128,8 +128,8 @@ def save(out, embedder, config, facts):
     shared = [f for f in new.iterdir() if f.is_file()]            # weights, config and tokenizer
     save_dense(new, embedder)
     save_sparse(new / "sparse", shared, embedder)
-    if embedder.mean is not None:
-        save_file({"mean": embedder.mean}, new / "mean.safetensors")
+    if embedder.W is not None:
+        save_file({"W": embedder.W, "mean": embedder.mean}, new / "statistics.safetensors")
     facts = facts | {"ours": ours(config), "versions": versions()}
     write_json(new / "t2t.json", facts)
     (new / "README.md").write_text(model_card(config, facts), "utf-8")
@@ -141,10 +141,13 @@ def save(out, embedder, config, facts):
 
 
 def save_dense(folder, embedder):
-    """[Transformer, Pooling, Normalize]"""
-    write_modules(folder, embedder, "SentenceTransformer", ["Transformer", "Pooling", "Normalize"])
+    """[Transformer, Pooling, Dense, Normalize]: h W, of length 1; without W no Dense."""
+    modules = ["Transformer", "Pooling", *["Dense"] * (embedder.W is not None), "Normalize"]
+    write_modules(folder, embedder, "SentenceTransformer", modules)
     write_pooling(folder / "1_Pooling", embedder)
-    (folder / "2_Normalize").mkdir()
+    if embedder.W is not None:
+        write_dense(folder / "2_Dense", embedder.W.T, None, "torch.nn.modules.linear.Identity")
+    (folder / f"{len(modules) - 1}_Normalize").mkdir()
 
 
 def save_sparse(folder, shared, embedder):
@@ -160,11 +163,15 @@ def save_sparse(folder, shared, embedder):
     write_pooling(folder / "1_Pooling", embedder)
     W = embedder.model.get_output_embeddings().weight.detach().float().cpu().contiguous()
     mean = torch.zeros(W.shape[1]) if embedder.mean is None else embedder.mean
-    (folder / "2_Dense").mkdir()
-    write_json(folder / "2_Dense" / "config.json", {
-        "in_features": W.shape[1], "out_features": len(W), "bias": True,
-        "activation_function": "torch.nn.modules.activation.ReLU"})
-    save_file({"linear.weight": W, "linear.bias": -(W @ mean)}, folder / "2_Dense" / "model.safetensors")
+    write_dense(folder / "2_Dense", W, -(W @ mean), "torch.nn.modules.activation.ReLU")
+
+
+def write_dense(folder, weight, bias, activation):
+    folder.mkdir()
+    write_json(folder / "config.json", {"in_features": weight.shape[1], "out_features": len(weight),
+                                        "bias": bias is not None, "activation_function": activation})
+    tensors = {"linear.weight": weight} | ({} if bias is None else {"linear.bias": bias})
+    save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "model.safetensors")
 
 
 def write_modules(folder, embedder, model_type, modules, **settings):
@@ -196,10 +203,11 @@ def read_facts(folder):
     return json.loads(path.read_text("utf-8")) if path.is_file() else {}
 
 
-def read_mean(folder):
-    """(C,) the mean embedding of a checkpoint's corpus, or None."""
-    path = Path(folder) / "mean.safetensors"
-    return load_file(path)["mean"] if path.is_file() else None
+def read_statistics(folder):
+    """W (C,C) and mean (C,) of a checkpoint; None, None of anything else."""
+    path = Path(folder) / "statistics.safetensors"
+    found = load_file(path) if path.is_file() else {}
+    return found.get("W"), found.get("mean")
 
 
 def ours(config):
@@ -208,7 +216,8 @@ def ours(config):
     used = {"tf-idf weights": data, "first piece of a split word": data,
             "log p minus its mean over the corpus": model,
             "measured scale in front of the head": data or model, "loss at single words": data or model,
-            "frozen embedding": config.method != "none", "every hyper-parameter": config.method != "none",
+            **dict.fromkeys(("half whitening", "frozen embedding", "every hyper-parameter"),
+                            config.method != "none"),
             "sparse vectors": True}
     return [name for name, yes in used.items() if yes]
 

@@ -76,19 +76,6 @@ def test_sts_as_mteb_scores_it(data, backbone, zeros):
     assert scores["STSBenchmark"] == pytest.approx(100 * found.task_results[0].get_score(), abs=0.006)
     assert items["STSBenchmark"][0].shape == items["STSBenchmark"][1].shape == (20,)
 
-def test_whitening_matrix():
-    rng = np.random.default_rng(0)
-    h = (rng.normal(size=(500, 8)) * [9, 5, 3, 2, 1, 1, 0.5, 0.2] + 3).astype(np.float32)
-    u = h / np.linalg.norm(h, axis=1, keepdims=True)
-    before = np.linalg.eigvalsh(u.T @ u / 500)
-    for power in (0.0, 0.5, 1.0):
-        W = compare.whitening_matrix(h, power, ridge=0.0)
-        np.testing.assert_allclose(W, W.T, atol=1e-5)
-        after = np.linalg.eigvalsh((u @ W).T @ (u @ W) / 500)
-        want = before ** (1 - power)
-        np.testing.assert_allclose(after / after.mean(), want / want.mean(), rtol=1e-3)
-    assert np.isfinite(compare.whitening_matrix(h[:3], 1.0)).all()       # directions never seen: the ridge
-
 def test_once_reads_each_text_once():
     seen = []
 
