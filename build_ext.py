@@ -117,7 +117,9 @@ def choose(impl, device):
     except (Error, ValueError) as e:
         if impl == "ext":
             raise Error(f"--impl ext: {e}") from None
-        print(f"the loss runs in torch, since the extension does not load: {e}", flush=True)
+        print(f"the loss runs in torch: the extension does not load ({e})", flush=True)
+        return "torch"
+    print("the loss runs in torch; python build_ext.py builds a faster one", flush=True)
     return "torch"
 
 

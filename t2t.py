@@ -2,7 +2,6 @@
 
     python t2t.py                                          # SmolLM2 on documentation: five minutes on a CPU
     python t2t.py --backbone Qwen/Qwen3-0.6B --corpus my.jsonl  # your model, your texts, no labels
-    python t2t.py --show-targets 5                              # look at the targets, train nothing
 
 A language model turns a text into states, and its head turns states into tokens. Pool the states of a text
 into one vector h and send *that* through the head: an untrained model lights up `, . the and`, a good one
@@ -27,11 +26,12 @@ from plumbing.cli import Error, checked, command_line, parse, run_command
 
 # ------------------------------------------------------------------------------------------------ 0. settings
 TARGETS, TRAINED = ("data", "model", "both"), ("data", "model", "both", "simcse", "mntp")
+ALL = (*TRAINED, "none")
 
 
-def setting(default, doc, choices=None, least=None, methods=None):
-    """A field of Config; `methods`: those that use it (None: all)."""
-    return field(default=default, metadata=dict(doc=doc, choices=choices, least=least, methods=methods))
+def setting(default, doc, methods=ALL, choices=None, least=None):
+    """A field of Config, and the methods that use it: where another is asked for, the flag is refused."""
+    return field(default=default, metadata=dict(doc=doc, methods=methods, choices=choices, least=least))
 
 
 @dataclass(frozen=True)
@@ -39,37 +39,30 @@ class Config:
     """Every setting of a run. The command line is made from these fields: a default stands in one place.
     None and "auto" are replaced by real values once, in `settle`, before anything is used or saved."""
     backbone: str = setting("smollm2", "causal language model: smollm2, a folder, a .gguf file, a hub id")
-    method: str = setting("data", "source of targets, or baseline", (*TRAINED, "none"))
-    corpus: str = setting("docstrings", ".txt, .jsonl, .jsonl.gz, .parquet, a folder, hub:NAME[:COLUMN]",
-                          methods=TRAINED)
+    method: str = setting("data", "source of targets, or baseline", ALL, ALL)
+    corpus: str = setting("docstrings", ".txt, .jsonl[.gz], .parquet, a folder, hub:NAME[:COLUMN]", TRAINED)
     out: str = setting("ckpt", "folder for the finished checkpoint")
-    init: str | None = setting(None, "start from this checkpoint's weights (a second stage)", methods=TRAINED)
-    pooling: str = setting("mean", "of the states of a text", ["mean", "last"])
-    attention: str = setting("bidirectional", "what a token may look at", ["bidirectional", "causal"])
-    top_k: int = setting(64, "K, target tokens a text", least=1, methods=TARGETS)
-    temperature: float = setting(1.0, "of the targets: lower is sharper", least=1e-6, methods=TARGETS)
+    init: str | None = setting(None, "start from this checkpoint's weights (a second stage)", TRAINED)
+    pooling: str = setting("mean", "of the states of a text", ALL, ["mean", "last"])
+    attention: str = setting("bidirectional", "what a token may look at", ALL, ["bidirectional", "causal"])
+    top_k: int = setting(64, "K, target tokens a text", TARGETS, least=1)
+    temperature: float = setting(1.0, "of the targets: lower is sharper", TARGETS, least=1e-6)
     max_length: int = setting(128, "tokens of a text that training sees", least=1)
-    batch_size: int = setting(64, "texts a step", least=1, methods=TRAINED)
-    micro_batch: int = setting(32, "texts on the device at a time; the gradient stays the same", least=1,
-                               methods=(*TARGETS, "mntp"))
-    steps: int = setting(50, "optimiser steps", least=1, methods=TRAINED)
-    lr: float | None = setting(None, "peak learning rate (default: 1e-3; simcse 3e-5, mntp 3e-4)",
-                               least=1e-12, methods=TRAINED)
-    lora_rank: int = setting(16, "of LoRA adapters; 0: all weights learn but embedding and head", least=0,
-                             methods=TRAINED)
+    batch_size: int = setting(64, "texts a step", TRAINED, least=1)
+    micro_batch: int = setting(32, "texts at a time, for the same gradient", (*TARGETS, "mntp"), least=1)
+    steps: int = setting(50, "optimiser steps", TRAINED, least=1)
+    lr: float | None = setting(None, "peak rate (default 1e-3, simcse 3e-5, mntp 3e-4)", TRAINED, least=1e-12)
+    lora_rank: int = setting(16, "of adapters; 0: all weights learn but embedding and head", TRAINED, least=0)
     seed: int = setting(42, "of the order of texts and of every random number", least=0)
-    device: str = setting("auto", "where to train", ["auto", "cpu", "cuda"])
-    dtype: str = setting("auto", "of arithmetic; auto: bfloat16 where the processor computes it",
+    device: str = setting("auto", "where to train", ALL, ["auto", "cpu", "cuda"])
+    dtype: str = setting("auto", "of arithmetic; auto: bfloat16 where the processor computes it", ALL,
                          ["auto", "float32", "bfloat16"])
-    impl: str = setting("auto", "of the loss; ext is csrc/, compiled; auto: ext if build_ext.py has built it",
-                        ["auto", "torch", "ext"], methods=TARGETS)
-    save_every: int = setting(50, "steps between the states from which --resume goes on", least=1,
-                              methods=TRAINED)
-    resume: bool = setting(False, "go on with the interrupted run in --out, or start if there is none",
-                           methods=TRAINED)
+    impl: str = setting("auto", "of the loss; ext: csrc/, compiled; auto: ext if build_ext.py has built it",
+                        TARGETS, ["auto", "torch", "ext"])
+    save_every: int = setting(50, "steps between the states that --resume goes on from", TRAINED, least=1)
+    resume: bool = setting(False, "go on with the interrupted run in --out, if there is one", TRAINED)
     overwrite: bool = setting(False, "replace what --out holds")
-    show_targets: int = setting(0, "print so many texts with their targets and exit", least=0,
-                                methods=TARGETS)
+    show_targets: int = setting(0, "print so many texts with their targets and exit", TARGETS, least=0)
 
 
 # Parsed before the imports, which take seconds, so that --help and a wrong flag answer at once.
@@ -101,8 +94,7 @@ from plumbing.cache import cached, hash_of, source_hash
 from plumbing.corpus import blocks, is_unspaced, tokenize, tokenize_corpus
 
 # --------------------------------------------------------------------------------------------------- 1. words
-# tokenize_corpus has sent the corpus through the tokenizer: tokens[n] are the ids (T,) of text n. Which of
-# them are words that a text can be about? The vocabulary tells.
+# tokens[n] are the ids (T,) of text n. Which are words that a text can be about? The vocabulary tells.
 
 # OURS: words that carry grammar, not content. Everything subtler is left to idf, which knows the corpus.
 STOP = frozenset("""
@@ -122,7 +114,6 @@ yours yourself yourselves ve ll re don didn doesn isn wasn aren won couldn would
 
 
 class Words(NamedTuple):
-    """What is known of each token of a vocabulary."""
     canonical_id: np.ndarray  # (V,) int64  the one id for all case and space variants of a word; -1: no word
     is_continuation: np.ndarray    # (V,) bool   begins with a letter and no space: may continue a word
     ends_in_letter: np.ndarray     # (V,) bool   a word may go on after it
@@ -133,7 +124,7 @@ def read_vocabulary(tok, V):
     """tokenizer, size of the embedding -> Words. PAPER: targets are meaningful tokens. OURS: which these are.
 
     canonical_id[v] is -1 for specials, punctuation, numbers, stop words, single letters and pieces that only
-    continue a word. Else it is the id of the form in lower case with a space in front (" paris" for "Paris"),
+    continue a word. Else it is that of the form in lower case with a space in front (" paris" for "Paris"),
     or of the closest form that the vocabulary has."""
     canonical_id, is_continuation, ends_in_letter, has_space = np.full(V, -1), *np.zeros((3, V), bool)
     text, forms = [""] * V, {}
@@ -184,10 +175,15 @@ def document_frequency(tokens, words):
 
 # ------------------------------------------------------------------------------------------------- 2. targets
 class Targets(NamedTuple):
-    """The targets q of N texts, memory-mapped; a row sums to 1, or to 0 where a text has none."""
-    indices: np.ndarray     # (N,K) int32    -1 is padding
-    probs: np.ndarray       # (N,K) float32
+    """The targets q of the n texts that training reads, memory-mapped. A row sums to 1, or to 0: no words."""
+    texts: np.ndarray       # (n,) int64     their numbers in the corpus, sorted
+    indices: np.ndarray     # (n,K) int32    -1 is padding
+    probs: np.ndarray       # (n,K) float32
     marginal_kl: float     # mean_b KL(q_b || mean q): the loss of the best prediction that ignores the text
+
+    def of(self, texts):                             # (b,) -> indices (b,K), probs (b,K)
+        rows = np.searchsorted(self.texts, texts)
+        return torch.from_numpy(self.indices[rows]), torch.from_numpy(self.probs[rows])
 
 
 def data_targets(ids, words, idf, K, temperature):
@@ -224,8 +220,9 @@ def predict(ids, model, tok):
     rows = [before + [i for i in text.tolist() if i not in special] + after for text in ids]
     out = torch.empty(len(rows), len(H.weight))
     for part in blocks(sorted(range(len(rows)), key=lambda n: len(rows[n])), 32):          # of like lengths
-        x = hidden_states(model, *(batch := pad([rows[n] for n in part], tok.pad_token_id, model.device)))
-        out[part] = F.log_softmax(H(pool(x, batch[1], "last")).float(), -1).cpu()
+        ids, mask = pad([rows[n] for n in part], tok.pad_token_id, model.device)
+        h = pool(hidden_states(model, ids, mask), mask, "last")                                      # (b,C)
+        out[part] = F.log_softmax(H(h).float(), -1).cpu()
     return out
 
 
@@ -245,31 +242,30 @@ def model_targets(log_p, usual, words, K, temperature):
 
 
 def build_targets(config, tokens, words, model, tok, target_fn=None):
-    """Targets of the texts that training reads, made once and kept on disk. `model` is the backbone, frozen
-    and causal; target_fn: a function list of n id arrays -> indices (n,k), probs (n,k) of an experiment."""
+    """-> Targets, made once and kept on disk. `model` is the backbone, frozen and causal; target_fn: an
+    experiment's own function, list of n id arrays -> indices (n,k), probs (n,k)."""
     N, V, K = len(tokens), len(words.canonical_id), config.top_k
     if K > V:
         raise Error(f"--top-k: expected at most the size of the vocabulary, {V}, got {K}")
-    # whole groups of batches from the first epoch: see bucketed_batch
-    n_seen = min(N, -(-config.steps // BUCKET) * BUCKET * config.batch_size)
-    seen = np.sort(epoch_permutation(config.seed, 0, N)[:n_seen])
+    n = math.ceil(config.steps / BUCKET) * BUCKET * config.batch_size        # whole buckets: bucketed_batch
+    texts = np.sort(epoch_permutation(config.seed, 0, N)[:n])
 
     def write(folder):
-        from_text = target_fn or method_targets(config, tokens, words, model, tok)
-        indices = np.lib.format.open_memmap(folder / "indices.npy", "w+", np.int32, (N, K))
-        probs = np.lib.format.open_memmap(folder / "probs.npy", "w+", np.float32, (N, K))
+        from_ids = target_fn or method_targets(config, tokens, words, model, tok)
+        indices = np.lib.format.open_memmap(folder / "indices.npy", "w+", np.int32, (len(texts), K))
+        probs = np.lib.format.open_memmap(folder / "probs.npy", "w+", np.float32, (len(texts), K))
         indices[:], probs[:] = -1, 0
         mean, negative_entropy, valid = np.zeros(V), 0.0, 0
-        with tqdm(total=len(seen), desc="targets", unit=" texts") as bar:
-            for block in blocks(seen.tolist(), 256):
-                i, p = from_text([tokens[n] for n in block])                                         # (n,K)
+        with tqdm(total=len(texts), desc="targets", unit=" texts") as bar:
+            for rows in blocks(range(len(texts)), 256):
+                i, p = from_ids([tokens[n] for n in texts[rows]])                                    # (n,k)
                 if i.shape[1] > K:
                     raise Error(f"targets: expected at most top_k = {K} tokens a text, got {i.shape[1]}")
-                indices[block, :i.shape[1]], probs[block, :i.shape[1]] = i, p
+                indices[rows, :i.shape[1]], probs[rows, :i.shape[1]] = i, p
                 mean += np.bincount(i[i >= 0], p[i >= 0], V)
                 negative_entropy += (p * np.log(np.maximum(p, 1e-30))).sum(dtype=np.float64)
                 valid += (i >= 0).any(1).sum()
-                bar.update(len(block))
+                bar.update(len(rows))
         if not valid:
             raise Error("--corpus: expected words to learn from, but no text has a single target token: "
                         "is it text, in a language that the tokenizer knows?")
@@ -277,20 +273,20 @@ def build_targets(config, tokens, words, model, tok, target_fn=None):
         # mean_b KL(q_b || m) = mean_b sum q_b log q_b - sum m log m
         np.save(folder / "marginal_kl.npy",
                 negative_entropy / valid - (mean * np.log(np.maximum(mean, 1e-30))).sum())
+
     def read(folder, mmap_mode="r"):
-        arrays = (np.load(folder / f"{x}.npy", mmap_mode) for x in ("indices", "probs"))
-        return Targets(*arrays, float(np.load(folder / "marginal_kl.npy")))
+        arrays = (np.load(folder / f"{name}.npy", mmap_mode) for name in ("indices", "probs"))
+        return Targets(texts, *arrays, float(np.load(folder / "marginal_kl.npy")))
 
     if target_fn:                                                    # not kept: its name says nothing of it
         with tempfile.TemporaryDirectory() as folder:
             write(Path(folder))
             return read(Path(folder), None)
-    of_model = [str(model.dtype), origin(config.backbone)] if config.method != "data" else []
     made_by = source_hash(read_vocabulary, find_words, document_frequency, data_targets, predict,
                           model_targets, method_targets, build_targets)
-    name = hash_of(made_by, tokens.folder.name, config.method, K, config.temperature, config.seed, n_seen,
-                   of_model)
-    return read(cached("targets", name, write))
+    of_model = [str(model.dtype), origin(config.backbone)] if config.method != "data" else []
+    return read(cached("targets", hash_of(made_by, tokens.folder.name, config.method, K, config.temperature,
+                                          config.seed, n, of_model), write))
 
 
 def method_targets(config, tokens, words, model, tok):
@@ -431,8 +427,10 @@ class Embedder:
         """list of N str -> for each the k tokens it lights up, [(token, probability)]; variants are one."""
         p = F.softmax(self.logits(self.pooled(self.token_ids(texts))), -1)                          # (N,V)
         p, i = torch.zeros_like(p).index_add_(1, self.variants, p).topk(k, 1)
-        name = lambda v: self.words.text[v] or repr(self.tok.decode([v]))  # a space would show as nothing
-        return [[(name(v), w) for v, w in zip(*row)] for row in zip(i.tolist(), p.tolist())]
+        return [[(self.name(v), w) for v, w in zip(*row)] for row in zip(i.tolist(), p.tolist())]
+
+    def name(self, v):
+        return self.words.text[v] or repr(self.tok.decode([v]))            # a space would show as nothing
 
     def sparse(self, texts, k=None):
         """list of N str -> y (N,V), rows of length 1: the k tokens (top_k) that a text lights up more than
@@ -456,8 +454,7 @@ class Embedder:
         y = self.sparse([a, b], k)                                                                  # (2,V)
         parts = torch.zeros(y.shape[1]).index_add_(0, self.variants, y[0] * y[1])      # of a word, as one
         order = parts.argsort(descending=True)[:int((parts > 0).sum())].tolist()
-        return parts.sum().item(), [(self.words.text[v] or repr(self.tok.decode([v])), parts[v].item())
-                                    for v in order]
+        return parts.sum().item(), [(self.name(v), parts[v].item()) for v in order]
 
 
 def whitening_matrix(h, power=0.5, ridge=0.01):
@@ -465,9 +462,9 @@ def whitening_matrix(h, power=0.5, ridge=0.01):
 
         S = mean_n u_n u_n',  u = h / |h|, in units of its mean eigenvalue,       W = (S + ridge I)^(-power/2)
 
-    OURS: half whitening, where power 1 (arXiv 2103.15316) would make all directions alike. The mean direction
-    of all texts has half the energy and hides in a cosine what tells texts apart: classification and search
-    gain 4 to 5 points (results/README.md). Fewer than 4 C texts give a noisy S, so the ridge is larger."""
+    OURS: half whitening; power 1 (arXiv 2103.15316) makes all directions alike. The mean direction of all
+    texts has half the energy and hides in a cosine what tells texts apart. Fewer than 4 C texts give a noisy
+    S, so the ridge is larger."""
     u, (N, C) = F.normalize(h.double(), dim=1), h.shape
     eigenvalues, E = torch.linalg.eigh(u.T @ u / N)
     eigenvalues = eigenvalues.clamp_min(0) / eigenvalues.mean() + ridge * max(1, 4 * C / N) ** 2
@@ -647,57 +644,73 @@ def train(config, targets=None, on_step=None):
     began, asked = time.time(), checked(config)
     config = settle(asked)
     out = None if config.show_targets else folders.start(config)
-    device, dtype = config.device, getattr(torch, config.dtype)
+    dtype, trains = getattr(torch, config.dtype), config.method != "none"
 
     # ---- words and targets, by the backbone as it was pretrained
     model, tok = load_backbone(config.backbone, "causal", dtype)
-    V, words = len(head(model.to(device)).weight), read_vocabulary(tok, len(head(model).weight))
-    in_use = usable_length(model, config)
-    if config.method != "none":
-        tokens = tokenize_corpus(config.corpus, tok, config.max_length)
+    V, in_use = len(head(model.to(config.device)).weight), usable_length(model, config)
+    words = read_vocabulary(tok, V)
+    tokens = tokenize_corpus(config.corpus, tok, config.max_length) if trains else None
     if config.show_targets:
         return show_targets(config, tokens, words, tok,
                             targets or method_targets(config, tokens, words, model, tok))
     q = build_targets(config, tokens, words, model, tok, targets) if config.method in TARGETS else None
-    before = Embedder(model, tok, config.pooling, config.max_length).top_tokens(EXAMPLES, 8)
+    before = Embedder(model, tok, config.pooling, in_use).top_tokens(EXAMPLES, 8)
 
-    # ---- the embedder: loaded again, with the attention to train
+    # ---- the embedder: loaded again, with the attention to train; weights that learn are float32
     start, option = config.init or config.backbone, "--init" if config.init else "--backbone"
-    learns = config.lora_rank == 0 or config.method == "none"     # these weights: float32 keeps small steps
-    model = load_backbone(start, config.attention, torch.float32 if learns else dtype, option)[0].to(device)
-    if len(head(model).weight) != V:
+    frozen = trains and config.lora_rank > 0
+    model = load_backbone(start, config.attention, dtype if frozen else torch.float32, option)[0]
+    if len(head(model.to(config.device)).weight) != V:
         raise Error(f"--init: expected a checkpoint made from {config.backbone}, got another vocabulary")
-    embedder = Embedder(model, tok, config.pooling, in_use, top_k=config.top_k)
-    if config.method == "none":
-        return finish(out, embedder, config, before=before, began=began, command=command_line(asked))
-    model = make_trainable(model, config.lora_rank, config.seed)
-    params = [p for p in model.parameters() if p.requires_grad]
-    core = embedder.model                                              # without the wrapper of the adapters
-    H, B, special = head(core), min(config.batch_size, len(tokens)), np.array(tok.all_special_ids)
+    embedder, facts = Embedder(model, tok, config.pooling, in_use, top_k=config.top_k), {}
+
+    # ---- training, and what the texts of the corpus have in common
+    if trains:
+        model = make_trainable(model, config.lora_rank, config.seed)
+        facts = fit(model, embedder, config, out=out, tokens=tokens, words=words, q=q, on_step=on_step)
+        sample = [tokens[n] for n in epoch_permutation(config.seed, 0, len(tokens))[:1024]]
+        h = embedder.pooled(sample, config.micro_batch)                                              # (n,C)
+        embedder.W, embedder.mean = whitening_matrix(h), h.mean(0)                             # (C,C), (C,)
+    if frozen:                                                     # the backbone again, with all its digits
+        whole = make_trainable(load_backbone(start, config.attention)[0], config.lora_rank, config.seed)
+        for p, learned in zip(learning(whole), learning(model)):
+            p.data.copy_(learned)
+        embedder.model = whole.merge_and_unload()
+    embedder.model.cpu()
+    began -= facts.pop("earlier_seconds", 0)                           # before an interruption
+    return finish(out, embedder, config, before=before, began=began, command=command_line(asked), **facts)
+
+
+def learning(model):
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def fit(model, embedder, config, *, out, tokens, words, q, on_step):
+    """The training loop -> facts. `embedder.model` is `model` without the wrapper of the adapters."""
+    core, tok, device = embedder.model, embedder.tok, config.device
+    H, params, B = head(core), learning(model), min(config.batch_size, len(tokens))
     vocabulary = Words(*(torch.from_numpy(a).to(device) for a in words[:3]), words.text)
+    best = q.marginal_kl if q else math.log(B) if config.method == "simcse" else token_entropy(tokens, tok)
 
     def read(ids, mask):                                               # (b,T), (b,T) -> x (b,T,C), h (b,C)
         with torch.autocast(device, torch.bfloat16, enabled=config.dtype == "bfloat16"):
             x = hidden_states(core, ids, mask)
         return x, pool(x, mask, config.pooling)
 
-    # ---- training
     optimizer = torch.optim.AdamW(params, lr=config.lr, betas=(0.9, 0.98), weight_decay=0.01)
     run = folders.load_state(out, config, model, optimizer, tokens.hash)
     if run is None:
         run = {"step": 0, "seconds": 0.0, "real_tokens": 0, "padded_tokens": 0, "scale": 1.0}
         if q:
-            some = epoch_permutation(config.seed, 0, len(tokens))[:256]                               # (n,)
+            some = epoch_permutation(config.seed, 0, len(tokens))[:min(256, len(q.texts))]            # (n,)
             h = embedder.pooled([tokens[n] for n in some], config.micro_batch).to(device)            # (n,C)
-            run["scale"] = measure_scale(h, H, *(torch.from_numpy(a[some]).to(device) for a in q[:2]))
-    embedder.scale, resumed, earlier = run["scale"], run["step"], run["seconds"]   # before an interruption
-    started = time.time() - earlier
-    marginal_kl = (q.marginal_kl if q else math.log(B) if config.method == "simcse"
-                   else token_entropy(tokens, special, V))
+            run["scale"] = measure_scale(h, H, *(a.to(device) for a in q.of(some)))
+    embedder.scale, resumed, earlier, started = run["scale"], run["step"], run["seconds"], time.time()
     print(f"{sum(p.numel() for p in params):,} weights learn, rate {config.lr:g}, {config.attention}, "
           f"s = {embedder.scale:g}; {len(tokens):,} texts, {config.steps} steps of {B}; {config.dtype} on "
-          f"{device}, loss by {config.impl}"
-          + " (python build_ext.py builds a faster one)" * (config.impl == "torch" != asked.impl), flush=True)
+          f"{device}, loss by {config.impl}", flush=True)
+
     log = open(out / "state" / "log.jsonl", "a" if resumed else "w")
     bar = tqdm(total=config.steps * B, initial=resumed * B, unit=" texts", desc="train")
     with folders.between_steps() as interrupted, log, bar:
@@ -713,7 +726,7 @@ def train(config, targets=None, on_step=None):
             elif config.method == "mntp":
                 losses = mntp(batch, read, H, tok)
             else:
-                indices, probs = (torch.from_numpy(a[texts]).to(device) for a in q[:2])              # (B,K)
+                indices, probs = (a.to(device) for a in q.of(texts))                                 # (B,K)
                 losses = target_loss(batch, read, H, embedder.scale, indices, probs, vocabulary, config.impl)
             loss = total_loss = 0.0
             for part, shown in losses:                                 # one for each micro-batch
@@ -729,11 +742,11 @@ def train(config, targets=None, on_step=None):
             optimizer.zero_grad(set_to_none=True)
             run["step"] += 1
             # -------------------------------------------------------------------------------- END: one step
-            run["seconds"] = time.time() - started
+            run["seconds"] = earlier + time.time() - started
             run["real_tokens"] += sum(int(mask.sum()) for _, mask in batch)
             run["padded_tokens"] += sum(mask.numel() for _, mask in batch)
             log.write(json.dumps({"step": run["step"], "loss": loss, "total_loss": total_loss,
-                                  "marginal_kl": marginal_kl, "lr": group["lr"], "grad_norm": norm,
+                                  "marginal_kl": best, "lr": group["lr"], "grad_norm": norm,
                                   "seconds": round(run["seconds"], 1)}) + "\n")
             log.flush()
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
@@ -744,23 +757,11 @@ def train(config, targets=None, on_step=None):
                 folders.save_state(out, config, model, optimizer, run, tokens.hash)
     if run["step"] < config.steps:
         raise KeyboardInterrupt(f"stopped after step {run['step']}: the same command with --resume goes on")
-
-    # ---- the finished model
-    sample = [tokens[n] for n in epoch_permutation(config.seed, 0, len(tokens))[:1024]]
-    h = embedder.pooled(sample, config.micro_batch)                                                  # (n,C)
-    embedder.W, embedder.mean = whitening_matrix(h), h.mean(0)                                 # (C,C), (C,)
-    if config.lora_rank:                                         # the frozen weights again, with all digits
-        whole = make_trainable(load_backbone(start, config.attention)[0], config.lora_rank, config.seed)
-        for p, learned in zip([p for p in whole.parameters() if p.requires_grad], params):
-            p.data.copy_(learned)
-        embedder.model = whole.merge_and_unload()
-    embedder.model.cpu()
     last = (out / "state" / "log.jsonl").read_text().splitlines()[-BUCKET:]  # a bucket: texts of all lengths
-    return finish(out, embedder, config, before=before, began=began - earlier, command=command_line(asked),
-                  loss=np.mean([json.loads(line)["loss"] for line in last]).item(), marginal_kl=marginal_kl,
-                  texts=len(tokens), texts_seen=config.steps * B, corpus_hash=tokens.hash,
-                  train_seconds=round(run["seconds"], 1),
-                  padding=round(1 - run["real_tokens"] / run["padded_tokens"], 4))
+    return {"loss": np.mean([json.loads(line)["loss"] for line in last]).item(), "marginal_kl": best,
+            "texts": len(tokens), "texts_seen": config.steps * B, "corpus_hash": tokens.hash,
+            "train_seconds": round(run["seconds"], 1), "earlier_seconds": earlier,
+            "padding": round(1 - run["real_tokens"] / run["padded_tokens"], 4)}
 
 
 # ----------------------------------------------------------------------------------------------------- 6. use
@@ -776,7 +777,6 @@ def finish(out, embedder, config, *, before, began, loss=None, **facts):
               "seconds": round(time.time() - began, 1), "threads": torch.get_num_threads()}
     folders.save(out, embedder, config, facts)
     line = lambda row: "  ".join(token for token, _ in row)
-    print()
     for text, old, new in zip(EXAMPLES, before, after):
         print(f"{text}\n    before   {line(old)}\n    after    {line(new)}")
     if loss is not None:

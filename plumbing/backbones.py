@@ -4,6 +4,7 @@
     FILE.gguf    any GGUF that transformers reads; its weights are dequantised, once, into the cache
     DIR, HUB_ID  what AutoModelForCausalLM loads
 """
+import functools
 import importlib.util
 import json
 from pathlib import Path
@@ -86,15 +87,26 @@ def origin(name):
     if name == "smollm2":
         facts |= {"hub": SMOLLM2["hub"], "license": SMOLLM2["license"]}
     elif not folder.exists():
-        facts["hub"] = name
-        try:
-            from huggingface_hub import ModelCard
-            facts["license"] = ModelCard.load(name).data.license
-        except Exception:                                             # no card, no network: nothing is said
-            pass
-    else:
-        facts["weights"] = hash_of([file_hash(f) for f in sorted(folder.glob("*.safetensors"))])
+        facts |= {"hub": name, "license": hub_license(name)}
+    elif "sha256" not in facts:
+        facts["weights"] = weights_hash(folder, str(file_stamps(folder)))
     return facts
+
+
+@functools.lru_cache
+def hub_license(name):
+    """The licence that a model's card on the hub names, or None."""
+    try:
+        from huggingface_hub import ModelCard
+        return ModelCard.load(name).data.license
+    except Exception:                                                 # no card, no network: nothing is said
+        return None
+
+
+@functools.lru_cache
+def weights_hash(folder, stamps):
+    """Of all weights in a folder; stamps (sizes and times) only tell whether they are still the same."""
+    return hash_of([file_hash(f) for f in sorted(folder.glob("*.safetensors"))])
 
 
 def quiet():

@@ -45,9 +45,10 @@ def mntp(batch, read, H, tok, share=0.2):
         yield L, L.detach()
 
 
-def token_entropy(tokens, special, V):
+def token_entropy(tokens, tok):
     """Of single tokens, in nats: the loss of mntp for one that knows how frequent each is, and no more."""
-    n = sum(np.bincount(tokens.ids[i:i + 2**20], minlength=V) for i in range(0, len(tokens.ids), 2**20))
-    n[special] = 0
+    V, at_once = len(tok), 2**20
+    n = sum(np.bincount(tokens.ids[i:i + at_once], minlength=V) for i in range(0, len(tokens.ids), at_once))
+    n[tok.all_special_ids] = 0
     p = n[n > 0] / n.sum()
     return -(p * np.log(p)).sum().item()

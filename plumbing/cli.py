@@ -52,7 +52,7 @@ def checked(config):
         if least is not None and not least <= value < math.inf:
             finite = "" if math.isfinite(value) else "a finite number, "
             raise Error(f"{name}: expected {finite}{least:g} or more, got {value}")
-        if methods and config.method not in methods:
+        if config.method not in methods:
             raise Error(f"{name}: expected a method that uses it ({', '.join(methods)}), "
                         f"got --method {config.method}: leave {name} out")
     if config.seed > 10**12:                                          # torch takes 64 bits; steps count too

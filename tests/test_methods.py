@@ -221,7 +221,8 @@ def test_targets_only_of_texts_that_are_seen(backbone, texts_file, tmp_path, mon
     made, build = [], t2t.build_targets
     monkeypatch.setattr(t2t, "build_targets", lambda *a: made.append(build(*a)) or made[-1])
     train(config(backbone, texts_file, tmp_path / "a", method="model", steps=18, batch_size=4))
-    has = (made[0].indices >= 0).any(1)
-    assert has.sum() == 2 * 16 * 4
+    assert len(made[0].texts) == len(made[0].indices) == 2 * 16 * 4 and (made[0].indices >= 0).any(1).all()
     lengths = t2t.tokenize_corpus(str(texts_file), t2t.load_backbone(str(backbone), "causal")[1], 64).lengths
-    assert all(has[t2t.bucketed_batch(step, 42, lengths, 4)].all() for step in range(18))
+    assert all(np.isin(t2t.bucketed_batch(step, 42, lengths, 4), made[0].texts).all() for step in range(18))
+    some = made[0].texts[[3, 0, 77]]
+    assert torch.equal(made[0].of(some)[0], torch.from_numpy(made[0].indices[[3, 0, 77]]))
