@@ -47,10 +47,10 @@ class Config:
     attention: str = setting("bidirectional", "what a token may look at", ALL, ["bidirectional", "causal"])
     top_k: int = setting(64, "K, target tokens a text", TARGETS, least=1)
     temperature: float = setting(1.0, "of the targets: lower is sharper", TARGETS, least=1e-6)
-    max_length: int = setting(128, "tokens of a text that training sees", least=1)
+    max_length: int = setting(64, "tokens of a text that training sees", least=1)
     batch_size: int = setting(64, "texts a step", TRAINED, least=1)
-    micro_batch: int = setting(32, "texts at a time, for the same gradient", (*TARGETS, "mntp"), least=1)
-    steps: int = setting(50, "optimiser steps", TRAINED, least=1)
+    micro_batch: int = setting(8, "texts at a time, more if short", (*TARGETS, "mntp"), least=1)
+    steps: int = setting(40, "optimiser steps", TRAINED, least=1)
     lr: float | None = setting(None, "peak rate (default 1e-3, simcse 3e-5, mntp 3e-4)", TRAINED, least=1e-12)
     lora_rank: int = setting(16, "of adapters; 0: all weights learn but embedding and head", TRAINED, least=0)
     seed: int = setting(42, "of the order of texts and of every random number", least=0)
@@ -542,7 +542,7 @@ def coalesce(indices, probs):
 
 
 # ------------------------------------------------------------------------------------------------ 5. training
-BUCKET = 16                                  # so many batches share texts of like length
+BUCKET, LAST = 16, 1024                   # batches that share texts of like length; texts that make W, mean
 
 
 @functools.lru_cache(2)
@@ -574,8 +574,8 @@ def learning_rate(step, steps, peak):
 def make_trainable(model, rank, seed):
     """What learns between embedding and head: LoRA adapters on every linear map, or (rank 0) all weights.
 
-    PAPER: the head reads tokens off the representation. OURS: it stays as pretrained, and so does the
-    embedding, so that a tied pair stays tied and words that no text has keep their place among the others."""
+    OURS: head and embedding stay as pretrained: a tied pair stays tied, and words that no text has keep their
+    place among the others."""
     if rank:
         torch.manual_seed(seed)
         lora = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
@@ -585,7 +585,7 @@ def make_trainable(model, rank, seed):
     return model
 
 
-SCALES = [round(float(s), 4) for s in np.geomspace(0.05, 20, 53)]
+SCALES = [round(float(s), 4) for s in np.geomspace(0.05, 20, 27)]
 
 
 @torch.no_grad()
@@ -593,7 +593,7 @@ def measure_scale(h, H, indices, probs):
     """h (N,C) of the untrained model, Head, targets (N,K) -> s, with which the loss is least.
 
     OURS: the mean of many different states is shorter than each of them, and how long states are differs from
-    model to model. s makes up for both, so that no other setting depends on a model's norms."""
+    model to model. s makes up for both: no other setting depends on a model's norms."""
     losses = [vocab_kl(H(s * h).float(), indices, probs, check=False).item() for s in SCALES]
     return SCALES[int(np.argmin(losses))]
 
@@ -668,42 +668,40 @@ def train(config, targets=None, on_step=None):
     # ---- training, and what the texts of the corpus have in common
     if trains:
         model = make_trainable(model, config.lora_rank, config.seed)
-        facts = fit(model, embedder, config, out=out, tokens=tokens, words=words, q=q, on_step=on_step)
-        sample = [tokens[n] for n in epoch_permutation(config.seed, 0, len(tokens))[:1024]]
-        h = embedder.pooled(sample, config.micro_batch)                                              # (n,C)
+        h, facts = fit(model, embedder, config, out=out, tokens=tokens, words=words, q=q, on_step=on_step)
         embedder.W, embedder.mean = whitening_matrix(h), h.mean(0)                             # (C,C), (C,)
     if frozen:                                                     # the backbone again, with all its digits
         whole = make_trainable(load_backbone(start, config.attention)[0], config.lora_rank, config.seed)
-        for p, learned in zip(learning(whole), learning(model)):
-            p.data.copy_(learned)
+        learned = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        whole.load_state_dict(learned, strict=False)
         embedder.model = whole.merge_and_unload()
     embedder.model.cpu()
     began -= facts.pop("earlier_seconds", 0)                           # before an interruption
     return finish(out, embedder, config, before=before, began=began, command=command_line(asked), **facts)
 
 
-def learning(model):
-    return [p for p in model.parameters() if p.requires_grad]
-
-
 def fit(model, embedder, config, *, out, tokens, words, q, on_step):
-    """The training loop -> facts. `embedder.model` is `model` without the wrapper of the adapters."""
+    """The training loop -> h (n,C) of the last texts, facts. embedder.model: `model` without its adapters."""
     core, tok, device = embedder.model, embedder.tok, config.device
-    H, params, B = head(core), learning(model), min(config.batch_size, len(tokens))
+    H, B = head(core), min(config.batch_size, len(tokens))
+    params = [p for p in model.parameters() if p.requires_grad]
     vocabulary = Words(*(torch.from_numpy(a).to(device) for a in words[:3]), words.text)
     best = q.marginal_kl if q else math.log(B) if config.method == "simcse" else token_entropy(tokens, tok)
 
     def read(ids, mask):                                               # (b,T), (b,T) -> x (b,T,C), h (b,C)
         with torch.autocast(device, torch.bfloat16, enabled=config.dtype == "bfloat16"):
             x = hidden_states(core, ids, mask)
-        return x, pool(x, mask, config.pooling)
+        h = pool(x, mask, config.pooling)
+        run["h"] = torch.cat([run["h"], h.detach().cpu()])[-LAST:]
+        return x, h
 
     optimizer = torch.optim.AdamW(params, lr=config.lr, betas=(0.9, 0.98), weight_decay=0.01)
     run = folders.load_state(out, config, model, optimizer, tokens.hash)
     if run is None:
-        run = {"step": 0, "seconds": 0.0, "real_tokens": 0, "padded_tokens": 0, "scale": 1.0}
+        run = {"step": 0, "seconds": 0.0, "real_tokens": 0, "padded_tokens": 0, "scale": 1.0,
+               "h": torch.empty(0, H.weight.shape[1])}
         if q:
-            some = epoch_permutation(config.seed, 0, len(tokens))[:min(256, len(q.texts))]            # (n,)
+            some = epoch_permutation(config.seed, 0, len(tokens))[:min(128, len(q.texts))]            # (n,)
             h = embedder.pooled([tokens[n] for n in some], config.micro_batch).to(device)            # (n,C)
             run["scale"] = measure_scale(h, H, *(a.to(device) for a in q.of(some)))
     embedder.scale, resumed, earlier, started = run["scale"], run["step"], run["seconds"], time.time()
@@ -719,8 +717,9 @@ def fit(model, embedder, config, *, out, tokens, words, q, on_step):
             torch.manual_seed(config.seed * 1_000_003 + run["step"])  # seeded at each step: no state to save
             texts = bucketed_batch(run["step"], config.seed, tokens.lengths, B,
                                    1 if config.method == "simcse" else BUCKET)                        # (B,)
+            at_once = config.micro_batch * config.max_length // max(1, tokens.lengths[texts].max())
             batch = [pad([tokens[n] for n in part], tok.pad_token_id, device)
-                     for part in blocks(texts, config.micro_batch)]    # list of ids (b,T), mask (b,T)
+                     for part in blocks(texts, at_once)]               # list of ids (b,T), mask (b,T)
             if config.method == "simcse":
                 losses = simcse(batch, read, core)
             elif config.method == "mntp":
@@ -758,10 +757,11 @@ def fit(model, embedder, config, *, out, tokens, words, q, on_step):
     if run["step"] < config.steps:
         raise KeyboardInterrupt(f"stopped after step {run['step']}: the same command with --resume goes on")
     last = (out / "state" / "log.jsonl").read_text().splitlines()[-BUCKET:]  # a bucket: texts of all lengths
-    return {"loss": np.mean([json.loads(line)["loss"] for line in last]).item(), "marginal_kl": best,
-            "texts": len(tokens), "texts_seen": config.steps * B, "corpus_hash": tokens.hash,
-            "train_seconds": round(run["seconds"], 1), "earlier_seconds": earlier,
-            "padding": round(1 - run["real_tokens"] / run["padded_tokens"], 4)}
+    return run["h"], {
+        "loss": np.mean([json.loads(line)["loss"] for line in last]).item(), "marginal_kl": best,
+        "texts": len(tokens), "texts_seen": config.steps * B, "corpus_hash": tokens.hash,
+        "train_seconds": round(run["seconds"], 1), "earlier_seconds": earlier,
+        "padding": round(1 - run["real_tokens"] / run["padded_tokens"], 4)}
 
 
 # ----------------------------------------------------------------------------------------------------- 6. use

@@ -24,8 +24,7 @@ def settle(config):
     dtype = "bfloat16" if config.dtype == "auto" and computes_bfloat16 else config.dtype
     return replace(config, device=device, dtype="float32" if dtype == "auto" else dtype,
                    impl=choose(config.impl, device),
-                   lr=DEFAULT_LR[config.method] if config.lr is None else config.lr,
-                   micro_batch=min(config.micro_batch, config.batch_size))
+                   lr=DEFAULT_LR[config.method] if config.lr is None else config.lr)
 
 
 def check_targets(name, rows, V, indices, probs, reduction, impl, check):

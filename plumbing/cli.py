@@ -87,8 +87,8 @@ def run_command(train, config):
     except RuntimeError as e:
         if "out of memory" not in str(e) and "not enough memory" not in str(e):
             raise
-        micro = min(config.micro_batch, config.batch_size)
-        end(f"out of memory: lower --micro-batch (now {micro}), or --max-length (now {config.max_length})")
+        end(f"out of memory: lower --micro-batch (now {config.micro_batch}), or --max-length (now "
+            f"{config.max_length})")
 
 
 def end(message, status=2):
