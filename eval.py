@@ -77,7 +77,7 @@ def digest(files, root, salt=""):
 def revision(folder):
     """What scores are filed under: the contents, and how a bare LM is read, which none of its files says."""
     bare = not (folder / "modules.json").is_file()
-    return digest(model_files(folder), folder, f"causal, mean, {BARE_LENGTH}" if bare else "")
+    return digest(model_files(folder), folder, f"causal, mean, {BARE_LENGTH}, no template" if bare else "")
 
 def load(path, device="auto"):
     """A SentenceTransformer in float32 from a checkpoint, a bare causal LM, or a hub id."""
@@ -112,7 +112,10 @@ def read_bare(folder, path):
     if absent := AutoModel.from_pretrained(folder, output_loading_info=True)[1]["missing_keys"]:
         raise Error(f"expected all weights in {path}, got no {min(absent)}; copy all of the folder")
     cap = getattr(config.get_text_config(), "max_position_embeddings", None) or BARE_LENGTH
-    reader = Transformer(str(folder), max_seq_length=min(cap, BARE_LENGTH), config_kwargs={"is_causal": True})
+    # text as it is: else sentence-transformers would put it into the chat template of an instruct model
+    as_text = {"text": {"method": "forward", "method_output_name": "last_hidden_state"}}
+    reader = Transformer(str(folder), max_seq_length=min(cap, BARE_LENGTH), config_kwargs={"is_causal": True},
+                         modality_config=as_text, module_output_name="token_embeddings")
     if reader.tokenizer.pad_token is None:  # padding is masked out: which token stands there does not matter
         reader.tokenizer.pad_token = reader.tokenizer.eos_token or reader.tokenizer.convert_ids_to_tokens(0)
     reader.tokenizer.padding_side = "right"  # on the left it would shift the positions that a model learned
@@ -283,7 +286,7 @@ def compare_sparse(path, tasks, batch_size, device):
     from sentence_transformers import SparseEncoder
 
     from plumbing.search import Fusion, Remembering, Store
-    folder = Path(path, "sparse")
+    folder = find(path) / "sparse"
     if not (folder / "modules.json").is_file():
         raise Error(f"expected CKPT/sparse for --sparse, got none in {path}; train it with t2t.py")
     dense = load(path, device)                         # it looks whether the device is there
@@ -349,7 +352,7 @@ def evaluate_sparse(paths, tasks=None, data_dir=None, out="runs/mteb", batch_siz
     for path, name in zip(paths, names):
         find(path)
         name = "-".join(Path(path).resolve().parts[1:]) if names.count(name) > 1 else name
-        chosen = pick(tasks or SPARSE_TASKS, benchmark)
+        chosen = pick(tasks or (SPARSE_TASKS if benchmark == BENCHMARK else None), benchmark)
         chosen = [localize(t, data_dir) if data_dir else t for t in chosen]
         t0 = time.time()
         table, missing = compare_sparse(path, chosen, batch_size, device)

@@ -8,9 +8,10 @@ into one vector h and send *that* through the head: an untrained model lights up
 lights up the tokens that the text is about. Text2Token makes the second out of the first:
 
     x = f(ids)                              f: the backbone without its head, x_t a state for each token
-    h = mean_t x_t                          the embedding of the text
+    h = mean_t x_t                          one vector for the text
     z = head(s h)                           the backbone's own head, frozen; s is measured once
     L = mean_b KL(q_b || softmax(z_b))      q_b: the few tokens, with weights, that text b should light up
+    e = h W / |h W|                         what encode returns; W: whitening_matrix, made after training
 
 and a second term of the same kind at single words: see target_loss.
 
@@ -37,23 +38,23 @@ def setting(default, doc, methods=ALL, choices=None, least=None):
 @dataclass(frozen=True)
 class Config:
     """Every setting of a run. The command line is made from these fields: a default stands in one place.
-    None and "auto" are replaced by real values once, in `settle`, before anything is used or saved."""
+    `lr` None and every "auto" are replaced by real values once, in `settle`, before anything is used."""
     backbone: str = setting("smollm2", "causal language model: smollm2, a folder, a .gguf file, a hub id")
     method: str = setting("data", "source of targets, or baseline", ALL, ALL)
     corpus: str = setting("docstrings", ".txt, .jsonl[.gz], .parquet, a folder, hub:NAME[:COLUMN]", TRAINED)
     out: str = setting("ckpt", "folder for the finished checkpoint")
     init: str | None = setting(None, "start from this checkpoint's weights (a second stage)", TRAINED)
-    pooling: str = setting("mean", "of the states of a text", ALL, ["mean", "last"])
+    pooling: str = setting("mean", "how the states of a text become one vector", ALL, ["mean", "last"])
     attention: str = setting("bidirectional", "what a token may look at", ALL, ["bidirectional", "causal"])
     top_k: int = setting(64, "K, target tokens a text", TARGETS, least=1)
-    temperature: float = setting(1.0, "of the targets: lower is sharper", TARGETS, least=1e-6)
+    temperature: float = setting(1.0, "of the targets; a lower one makes them sharper", TARGETS, least=1e-6)
     max_length: int = setting(64, "tokens of a text that training sees", least=1)
     batch_size: int = setting(64, "texts a step", TRAINED, least=1)
-    micro_batch: int = setting(8, "texts at a time, more if short", (*TARGETS, "mntp"), least=1)
+    micro_batch: int = setting(8, "texts a pass (more if short)", (*TARGETS, "mntp"), least=1)
     steps: int = setting(40, "optimiser steps", TRAINED, least=1)
     lr: float | None = setting(None, "peak rate (default 1e-3, simcse 3e-5, mntp 3e-4)", TRAINED, least=1e-12)
-    lora_rank: int = setting(16, "of adapters; 0: all weights learn but embedding and head", TRAINED, least=0)
-    seed: int = setting(42, "of the order of texts and of every random number", least=0)
+    lora_rank: int = setting(16, "of LoRA; 0: all weights learn but embedding and head", TRAINED, least=0)
+    seed: int = setting(42, "of the order of texts and of every random number", TRAINED, least=0)
     device: str = setting("auto", "where to train", ALL, ["auto", "cpu", "cuda"])
     dtype: str = setting("auto", "of arithmetic; auto: bfloat16 where the processor computes it", ALL,
                          ["auto", "float32", "bfloat16"])
@@ -62,7 +63,7 @@ class Config:
     save_every: int = setting(50, "steps between the states that --resume goes on from", TRAINED, least=1)
     resume: bool = setting(False, "go on with the interrupted run in --out, if there is one", TRAINED)
     overwrite: bool = setting(False, "replace what --out holds")
-    show_targets: int = setting(0, "print so many texts with their targets and exit", TARGETS, least=0)
+    show_targets: int = setting(0, "print this many texts with their targets, and exit", TARGETS, least=0)
 
 
 # Parsed before the imports, which take seconds, so that --help and a wrong flag answer at once.
@@ -88,13 +89,13 @@ from tqdm import tqdm
 from build_ext import compiled
 from plumbing import folders
 from plumbing.arguments import check_targets, scatter_targets, settle  # noqa: F401
-from plumbing.backbones import check_head, origin, read_backbone, usable_length
+from plumbing.backbones import check_head, identity_of, origin, read_backbone, usable_length
 from plumbing.baselines import mntp, simcse, token_entropy
 from plumbing.cache import cached, hash_of, source_hash
 from plumbing.corpus import blocks, is_unspaced, tokenize, tokenize_corpus
 
 # --------------------------------------------------------------------------------------------------- 1. words
-# tokens[n] are the ids (T,) of text n. Which are words that a text can be about? The vocabulary tells.
+# tokenize_corpus turns the corpus into ids, on disk: tokens[n] is text n, (T,). Which tokens are words?
 
 # OURS: words that carry grammar, not content. Everything subtler is left to idf, which knows the corpus.
 STOP = frozenset("""
@@ -124,8 +125,8 @@ def read_vocabulary(tok, V):
     """tokenizer, size of the embedding -> Words. PAPER: targets are meaningful tokens. OURS: which these are.
 
     canonical_id[v] is -1 for specials, punctuation, numbers, stop words, single letters and pieces that only
-    continue a word. Else it is that of the form in lower case with a space in front (" paris" for "Paris"),
-    or of the closest form that the vocabulary has."""
+    continue a word. Otherwise it is the id of the form in lower case with a space in front (" paris" for
+    "Paris"), or of the closest form that the vocabulary has."""
     canonical_id, is_continuation, ends_in_letter, has_space = np.full(V, -1), *np.zeros((3, V), bool)
     text, forms = [""] * V, {}
     raw = tok.convert_ids_to_tokens(list(range(min(V, len(tok)))))    # V may be padded beyond the tokenizer
@@ -245,8 +246,6 @@ def build_targets(config, tokens, words, model, tok, target_fn=None):
     """-> Targets, made once and kept on disk. `model` is the backbone, frozen and causal; target_fn: an
     experiment's own function, list of n id arrays -> indices (n,k), probs (n,k)."""
     N, V, K = len(tokens), len(words.canonical_id), config.top_k
-    if K > V:
-        raise Error(f"--top-k: expected at most the size of the vocabulary, {V}, got {K}")
     n = math.ceil(config.steps / BUCKET) * BUCKET * config.batch_size        # whole buckets: bucketed_batch
     texts = np.sort(epoch_permutation(config.seed, 0, N)[:n])
 
@@ -278,24 +277,26 @@ def build_targets(config, tokens, words, model, tok, target_fn=None):
         arrays = (np.load(folder / f"{name}.npy", mmap_mode) for name in ("indices", "probs"))
         return Targets(texts, *arrays, float(np.load(folder / "marginal_kl.npy")))
 
-    if target_fn:                                                    # not kept: its name says nothing of it
+    if target_fn:                                     # not kept: its name does not tell what it computes
         with tempfile.TemporaryDirectory() as folder:
             write(Path(folder))
             return read(Path(folder), None)
-    made_by = source_hash(read_vocabulary, find_words, document_frequency, data_targets, predict,
-                          model_targets, method_targets, build_targets)
-    of_model = [str(model.dtype), origin(config.backbone)] if config.method != "data" else []
+    made_by = source_hash(STOP, PROMPT, is_unspaced, read_vocabulary, find_words, document_frequency,
+                          coalesce, data_targets, predict, model_targets, method_targets, build_targets)
+    of_model = [str(model.dtype), identity_of(config.backbone)] if config.method != "data" else []
     return read(cached("targets", hash_of(made_by, tokens.folder.name, config.method, K, config.temperature,
-                                          config.seed, n, of_model), write))
+                                          texts.tolist(), of_model), write))
 
 
 def method_targets(config, tokens, words, model, tok):
     """-> the function of --method: list of n id arrays -> indices (n,K), probs (n,K)."""
-    K, T = config.top_k, config.temperature
+    K, T, V = config.top_k, config.temperature, len(words.canonical_id)
+    if K > V:
+        raise Error(f"--top-k: expected at most the size of the vocabulary, {V}, got {K}")
     if config.method in ("data", "both"):
         idf = np.log(len(tokens) / np.maximum(1, document_frequency(tokens, words)))
     if config.method in ("model", "both"):
-        sample = [tokens[n] for n in epoch_permutation(config.seed, 0, len(tokens))[:1024]]
+        sample = [tokens[n] for n in epoch_permutation(config.seed, 0, len(tokens))[:SAMPLE]]
         parts = blocks(tqdm(sample, "usual"), 64)
         usual = sum(predict(part, model, tok).sum(0) for part in parts) / len(sample)                 # (V,)
     if config.method == "data":
@@ -347,7 +348,7 @@ def load_backbone(name, attention, dtype=torch.float32, option="--backbone"):
 
 def hidden_states(model, ids, mask):
     """ids (B,T), mask (B,T) -> x (B,T,C): what the model hands to its head."""
-    # On a CPU, torch's fused attention has a slow backward pass: a third of a step on short texts.
+    # On a CPU, the backward pass of torch's fused attention is slow: it costs a third of a step.
     plain = ids.device.type == "cpu" and torch.is_grad_enabled()
     with sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():
         return model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
@@ -436,7 +437,7 @@ class Embedder:
         """list of N str -> y (N,V), rows of length 1: the k tokens (top_k) that a text lights up more than
         texts do on average, the others 0:
 
-            y = max(0, W (h - mean h)),            W: the weight of the head; the mean is that of the corpus
+            y = max(0, U (h - mean h)),            U: the weight of the head; the mean is that of the corpus
 
         The vectors of SparseEncoder(folder/sparse). OURS: the abstract has no sparse vectors. What is
         subtracted is predicted for every text and tells none apart."""
@@ -463,11 +464,11 @@ def whitening_matrix(h, power=0.5, ridge=0.01):
         S = mean_n u_n u_n',  u = h / |h|, in units of its mean eigenvalue,       W = (S + ridge I)^(-power/2)
 
     OURS: half whitening; power 1 (arXiv 2103.15316) makes all directions alike. The mean direction of all
-    texts has half the energy and hides in a cosine what tells texts apart. Fewer than 4 C texts give a noisy
-    S, so the ridge is larger."""
+    texts has half the energy, and so dominates every cosine. Fewer than 4 C texts give a noisy S, so that the
+    ridge is larger."""
     u, (N, C) = F.normalize(h.double(), dim=1), h.shape
     eigenvalues, E = torch.linalg.eigh(u.T @ u / N)
-    eigenvalues = eigenvalues.clamp_min(0) / eigenvalues.mean() + ridge * max(1, 4 * C / N) ** 2
+    eigenvalues = eigenvalues.clamp_min(0) / eigenvalues.mean() + ridge * max(1, 4 * C / N)
     return (E * eigenvalues ** (-power / 2) @ E.T).float()
 
 
@@ -542,7 +543,7 @@ def coalesce(indices, probs):
 
 
 # ------------------------------------------------------------------------------------------------ 5. training
-BUCKET, LAST = 16, 1024                   # batches that share texts of like length; texts that make W, mean
+BUCKET, SAMPLE = 16, 512                 # batches that share texts of like length; texts that W is made of
 
 
 @functools.lru_cache(2)
@@ -594,7 +595,7 @@ def measure_scale(h, H, indices, probs):
 
     OURS: the mean of many different states is shorter than each of them, and how long states are differs from
     model to model. s makes up for both: no other setting depends on a model's norms."""
-    losses = [vocab_kl(H(s * h).float(), indices, probs, check=False).item() for s in SCALES]
+    losses = [vocab_kl(H(s * h), indices, probs, impl="torch", check=False).item() for s in SCALES]
     return SCALES[int(np.argmin(losses))]
 
 
@@ -605,9 +606,9 @@ def target_loss(batch, read, H, scale, indices, probs, vocabulary, impl):
 
     Yields (part of L, part of its first term). batch: list of (ids, mask) (b,T); indices, probs (B,K).
 
-    OURS: the second term, at up to eight positions t of a text where a word w begins. The mean of many states
-    can fit a text's targets while each single state forgets its word: such embeddings know the topic and lose
-    the words. On SmolLM2 it brings 5 points of STSBenchmark validation (results/README.md)."""
+    OURS: the second term. At up to eight positions t of a text, the state at t has to name the word w that
+    begins there (as pretrained, it names the next one). Without it, the mean of many states can fit a text's
+    targets while each state forgets its word. It brings 5 points of STSBenchmark validation."""
     B, valid, first = len(indices), (indices >= 0).any(1).sum().clamp_min(1), 0
     for ids, mask in batch:
         rows = slice(first, first := first + len(ids))
@@ -615,12 +616,12 @@ def target_loss(batch, read, H, scale, indices, probs, vocabulary, impl):
         text, t, w = word_positions(ids, mask, vocabulary)                                            # (n,)
         # one call for both terms, b texts and n words, so that the head's weights are read once
         hidden = torch.cat([scale * h, x[text, t].float()]).to(H.weight.dtype)                     # (b+n,C)
-        one = F.pad(torch.ones(len(w), 1, device=h.device), (0, indices.shape[1] - 1))               # (n,K)
-        i = torch.cat([indices[rows], w[:, None].where(one > 0, -1)])                              # (b+n,K)
-        L = linear_vocab_kl(hidden, H.weight, i, torch.cat([probs[rows], one.to(probs)]), H.bias,
-                            reduction="none", impl=impl, check=False, scale=H.scale, softcap=H.softcap)
-        kl, words = L[:len(ids)].sum() / valid, L[len(ids):].sum() / WORDS_A_TEXT / B
-        yield kl + words, kl.detach()
+        onehot = F.pad(torch.ones(len(w), 1, device=h.device), (0, indices.shape[1] - 1))            # (n,K)
+        i = torch.cat([indices[rows], w[:, None].where(onehot > 0, -1)])                           # (b+n,K)
+        of_row = linear_vocab_kl(hidden, H.weight, i, torch.cat([probs[rows], onehot.to(probs)]), H.bias,
+                                 reduction="none", impl=impl, check=False, scale=H.scale, softcap=H.softcap)
+        kl, word = of_row[:len(ids)].sum() / valid, of_row[len(ids):].sum() / WORDS_A_TEXT / B
+        yield kl + word, kl.detach()
 
 
 WORDS_A_TEXT = 8
@@ -668,20 +669,22 @@ def train(config, targets=None, on_step=None):
     # ---- training, and what the texts of the corpus have in common
     if trains:
         model = make_trainable(model, config.lora_rank, config.seed)
-        h, facts = fit(model, embedder, config, out=out, tokens=tokens, words=words, q=q, on_step=on_step)
+        facts = fit(model, embedder, config, out=out, tokens=tokens, words=words, q=q, on_step=on_step)
+        sample = [tokens[n] for n in epoch_permutation(config.seed, 0, len(tokens))[:SAMPLE]]
+        h = embedder.pooled(sample)                                                                  # (n,C)
         embedder.W, embedder.mean = whitening_matrix(h), h.mean(0)                             # (C,C), (C,)
-    if frozen:                                                     # the backbone again, with all its digits
+    if frozen:                                                     # merged into the backbone in float32
         whole = make_trainable(load_backbone(start, config.attention)[0], config.lora_rank, config.seed)
         learned = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        whole.load_state_dict(learned, strict=False)
+        assert not whole.load_state_dict(learned, strict=False).unexpected_keys
         embedder.model = whole.merge_and_unload()
     embedder.model.cpu()
-    began -= facts.pop("earlier_seconds", 0)                           # before an interruption
+    began -= facts.pop("earlier_seconds", 0)                           # the time of interrupted runs counts
     return finish(out, embedder, config, before=before, began=began, command=command_line(asked), **facts)
 
 
 def fit(model, embedder, config, *, out, tokens, words, q, on_step):
-    """The training loop -> h (n,C) of the last texts, facts. embedder.model: `model` without its adapters."""
+    """The training loop -> facts. embedder.model is the network of `model`, without the wrapper of peft."""
     core, tok, device = embedder.model, embedder.tok, config.device
     H, B = head(core), min(config.batch_size, len(tokens))
     params = [p for p in model.parameters() if p.requires_grad]
@@ -691,15 +694,12 @@ def fit(model, embedder, config, *, out, tokens, words, q, on_step):
     def read(ids, mask):                                               # (b,T), (b,T) -> x (b,T,C), h (b,C)
         with torch.autocast(device, torch.bfloat16, enabled=config.dtype == "bfloat16"):
             x = hidden_states(core, ids, mask)
-        h = pool(x, mask, config.pooling)
-        run["h"] = torch.cat([run["h"], h.detach().cpu()])[-LAST:]
-        return x, h
+        return x, pool(x, mask, config.pooling)
 
     optimizer = torch.optim.AdamW(params, lr=config.lr, betas=(0.9, 0.98), weight_decay=0.01)
     run = folders.load_state(out, config, model, optimizer, tokens.hash)
     if run is None:
-        run = {"step": 0, "seconds": 0.0, "real_tokens": 0, "padded_tokens": 0, "scale": 1.0,
-               "h": torch.empty(0, H.weight.shape[1])}
+        run = {"step": 0, "seconds": 0.0, "real_tokens": 0, "padded_tokens": 0, "scale": 1.0}
         if q:
             some = epoch_permutation(config.seed, 0, len(tokens))[:min(128, len(q.texts))]            # (n,)
             h = embedder.pooled([tokens[n] for n in some], config.micro_batch).to(device)            # (n,C)
@@ -757,7 +757,7 @@ def fit(model, embedder, config, *, out, tokens, words, q, on_step):
     if run["step"] < config.steps:
         raise KeyboardInterrupt(f"stopped after step {run['step']}: the same command with --resume goes on")
     last = (out / "state" / "log.jsonl").read_text().splitlines()[-BUCKET:]  # a bucket: texts of all lengths
-    return run["h"], {
+    return {
         "loss": np.mean([json.loads(line)["loss"] for line in last]).item(), "marginal_kl": best,
         "texts": len(tokens), "texts_seen": config.steps * B, "corpus_hash": tokens.hash,
         "train_seconds": round(run["seconds"], 1), "earlier_seconds": earlier,

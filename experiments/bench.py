@@ -373,7 +373,8 @@ def provenance(device, ext):
     changed = ", with changes" * bool(run("git", "status", "--porcelain", "--", "*.py", "csrc"))
     packages = [d for name in ("torch", "liger-kernel", "triton")
                 for d in importlib.metadata.distributions(name=name)]
-    return {"command": " ".join(["python experiments/bench.py", *sys.argv[1:]]), "date": time.strftime("%Y-%m-%d"),
+    return {"command": " ".join(["python experiments/bench.py", *sys.argv[1:]]),
+            "date": time.strftime("%Y-%m-%d"),
             "commit": (run("git", "rev-parse", "--short", "HEAD") or "not known") + changed,
             "device": torch.cuda.get_device_name() if device == "cuda" else "CPU",
             "CPU": cpu[1] if cpu else platform.processor(), "cores": os.cpu_count(),

@@ -5,11 +5,11 @@
     python experiments/compare.py --data-dir DIR --tune                 # the trials on validation splits
 
 A trained run is one call of t2t.train a stage; stages follow one another through --init, each with an even
-share of the number of texts (the later one reads those of the first again). An untrained baseline is a function
-of experiments/untrained.py. Every vector is scored raw and half whitened (t2t.whitening_matrix, from 2,048 texts of
-the corpus), so no method wins by what could be done to all of them; tf-idf, of V dimensions, only raw. Test
-splits are scored with the settings that --tune found; it looks at STSBenchmark validation and Banking77 train
-only. Runs are kept in --runs, the tables beside them; --publish writes results/compare-CORPUS-TEXTS.json and .md.
+share of the number of texts (the later one reads those of the first again). An untrained baseline is a
+function of experiments/untrained.py. Every vector is scored raw and half whitened (t2t.whitening_matrix, from
+2,048 texts of the corpus), so no method wins by what could be done to all of them; tf-idf, of V dimensions,
+only raw. Test splits are scored with the settings that --tune found; it looks at STSBenchmark validation and
+Banking77 train only. Runs are kept in --runs, the tables beside them; --publish puts them in results/.
 """
 import argparse
 import gzip
@@ -81,7 +81,7 @@ def place(name, seed, a):
 
 def train(name, stages, seed, a, watch=None):
     """The Embedder of a run and its folder, trained unless it stands in --runs."""
-    before = ""
+    before = None
     for n, settings in enumerate(stages, 1):
         folder = place(name, seed, a) if n == len(stages) else place(f"{name} stage {n}", seed, a)
         config = t2t.Config(backbone=a.backbone, corpus=a.corpus, max_length=a.max_length, init=before,
@@ -154,7 +154,8 @@ def run(name, seed, tasks, a, baselines, some):
     begun = place(name, seed, a).exists()              # perhaps by other code
     if name in baselines:
         read = once(baselines[name])
-        W = None if name == "tf-idf" else t2t.whitening_matrix(torch.from_numpy(read(some))).numpy()   # V dimensions: no
+        # V dimensions are not whitened
+        W = None if name == "tf-idf" else t2t.whitening_matrix(torch.from_numpy(read(some))).numpy()
     else:
         here = commit()
         embedder, folder = train(name, RUNS[name], seed, a)
@@ -311,7 +312,7 @@ def report(a):
                                "mean STS": difference(items(one), items(two), pair),
                                "seeds": [len(items(one)), len(items(two))]})
     trials = Path(a.runs) / "trials.jsonl"
-    command = (f"python results/compare.py --corpus {Path(a.corpus).name} --texts {a.texts} "
+    command = (f"python experiments/compare.py --corpus {Path(a.corpus).name} --texts {a.texts} "
                f"--max-length {a.max_length} --data-dir DIR")
     shared = {f"{s} in {t}": int(np.isin(pair[s], pair[t]).sum()) for s in pair for t in pair if s != t}
     facts = {"command": command, "texts a run": a.texts, "test pairs that stand in another task": shared,
@@ -361,7 +362,7 @@ def main():
     Path(a.runs).mkdir(parents=True, exist_ok=True)
     if a.tune:
         return tune(a)
-    baselines, some = untrained(a.backbone, a.corpus, a.max_length)
+    baselines, some = untrained(a.backbone, a.corpus, max_length=256)          # as checkpoints read
     tasks = [evaluation.localize(t, a.data_dir) for t in evaluation.pick(a.tasks)]
     for n, seed in enumerate(a.seeds):
         for name in a.only or [*baselines, *RUNS]:

@@ -3,8 +3,8 @@ trainer with its SimCSE-style loss.
 
     python experiments/speed.py [--rounds 3] [--steps 4] [--backbone smollm2] [--publish]
 
-Same backbone (bidirectional, mean pooling, LoRA 16), texts (docstrings), batch (64), length (128) and precision.
-They take turns; the first step of each turn is left out. Writes runs/speed.json, with --publish results/speed.json.
+Same backbone (bidirectional, mean pooling, LoRA 16), texts (docstrings), batch (64), length (64), precision.
+They take turns; the first step of each turn is left out. Writes runs/speed.json, or results/ with --publish.
 """
 import argparse
 import json
@@ -36,8 +36,9 @@ B = 64
 def ours(method, backbone, folder, steps):
     """-> seconds of each step but the first"""
     ticks = []
-    t2t.train(t2t.Config(backbone=backbone, method=method, out=f"{folder}/{method}-{time.time()}", steps=steps,
-                         batch_size=B), on_step=lambda *_: ticks.append(time.perf_counter()))
+    t2t.train(t2t.Config(backbone=backbone, method=method, out=f"{folder}/{method}-{time.time()}",
+                         steps=steps, batch_size=B, device="cpu"),
+              on_step=lambda *_: ticks.append(time.perf_counter()))
     return [b - a for a, b in zip(ticks, ticks[1:])]
 
 
@@ -52,14 +53,16 @@ class Ticks(TrainerCallback):
 def peer(folder, start, texts, steps, bfloat16):
     """sentence-transformers: a text is its own positive, under two dropouts of attention (0.3, as here)"""
     model, ticks = SentenceTransformer(start, device="cpu"), Ticks()
+    model.max_seq_length = t2t.Config.max_length
     for module in model.modules():
         if isinstance(getattr(module, "attention_dropout", None), float):
             module.attention_dropout = 0.3
     model.add_adapter(peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
     some = [texts[n] for n in t2t.epoch_permutation(42, 0, len(texts))[:B * steps]]
     arguments = SentenceTransformerTrainingArguments(
-        output_dir=f"{folder}/st", max_steps=steps, per_device_train_batch_size=B, report_to="none", bf16=bfloat16,
-        save_strategy="no", logging_strategy="no", disable_tqdm=True, use_cpu=True, learning_rate=3e-5)
+        output_dir=f"{folder}/st", max_steps=steps, per_device_train_batch_size=B, report_to="none",
+        bf16=bfloat16, save_strategy="no", logging_strategy="no", disable_tqdm=True, use_cpu=True,
+        learning_rate=3e-5)
     SentenceTransformerTrainer(
         model=model, args=arguments, train_dataset=Dataset.from_dict({"anchor": some, "positive": some}),
         loss=MultipleNegativesRankingLoss(model), callbacks=[ticks]).train()

@@ -1,6 +1,6 @@
 """What a backbone is worth as an embedder before training, and what counting words is worth.
 
-    python experiments/untrained.py --data-dir DIR [--backbone smollm2] [--corpus docstrings] [--tasks NAME ...]
+    python experiments/untrained.py --data-dir DIR [--backbone smollm2] [--corpus docstrings] [--tasks NAME]
 
     mean, last          states of the causal model, averaged or the last one
     mean bidirectional  mean, with bidirectional attention: where training starts
@@ -9,7 +9,7 @@
     mean - PC           mean, without the first principal component of mean over 2,048 texts of the corpus
     head rows           mean of the rows of the head that belong to the text's tokens
     SIF                 the same, a row weighted by 1e-3 / (1e-3 + frequency), without its first component
-    tf-idf              cosine of tf * idf over the canonical words that t2t.py trains on: lexical overlap alone
+    tf-idf              cosine of tf * idf over the words that t2t.py trains on: lexical overlap alone
 
 Frequencies, idf and components come from --corpus, never a task. Writes runs/untrained-CORPUS.json and .md,
 with --publish results/untrained-CORPUS.json and .md.
@@ -37,7 +37,7 @@ from plumbing.corpus import tokenize, tokenize_corpus  # noqa: E402
 NAMES = "mean, last, mean bidirectional, prompt, echo, mean - PC, head rows, SIF, tf-idf".split(", ")
 
 
-def untrained(backbone, corpus, max_length=128):
+def untrained(backbone, corpus, max_length=256):
     """-> {name: function(list of n texts) -> (n, dimensions)}, and the 2,048 texts that PCs are taken from"""
     model, tok = t2t.load_backbone(backbone, "causal")
     H, special = t2t.head(model).weight.detach().numpy(), set(tok.all_special_ids)

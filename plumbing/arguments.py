@@ -18,12 +18,13 @@ def settle(config):
         raise Error("--device cuda: expected a GPU that torch can use, found none: pass --device cpu")
     device = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
     if device == "cuda":
-        computes_bfloat16 = torch.cuda.is_bf16_supported()
+        computes_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
     else:                                                              # AVX512-BF16, AMX; others emulate it
         computes_bfloat16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     dtype = "bfloat16" if config.dtype == "auto" and computes_bfloat16 else config.dtype
+    targets = config.method in ("data", "model", "both")
     return replace(config, device=device, dtype="float32" if dtype == "auto" else dtype,
-                   impl=choose(config.impl, device),
+                   impl=choose(config.impl, device) if targets else "torch",
                    lr=DEFAULT_LR[config.method] if config.lr is None else config.lr)
 
 

@@ -84,13 +84,28 @@ def origin(name):
     facts = {"name": name if not Path(name).exists() else Path(name).name, "hub": None, "license": None}
     if (folder / "gguf.json").is_file():
         facts |= json.loads((folder / "gguf.json").read_text())
-    if name == "smollm2":
+    if name == "smollm2" and not Path(name).exists():
         facts |= {"hub": SMOLLM2["hub"], "license": SMOLLM2["license"]}
     elif not folder.exists():
         facts |= {"hub": name, "license": hub_license(name)}
-    elif "sha256" not in facts:
-        facts["weights"] = weights_hash(folder, str(file_stamps(folder)))
     return facts
+
+
+def identity_of(name):
+    """What tells the weights of two backbones apart, also of one name: hashes, or a snapshot of the hub."""
+    folder = Path(resolve(name))
+    if (folder / "gguf.json").is_file():
+        return json.loads((folder / "gguf.json").read_text())["sha256"]
+    if folder.exists():
+        return weights_hash(folder, str(file_stamps(folder)))
+    from transformers import AutoConfig
+    return [name, getattr(AutoConfig.from_pretrained(name), "_commit_hash", None)]
+
+
+@functools.lru_cache
+def weights_hash(folder, stamps):
+    """Of all weights in a folder; stamps (sizes and times) only tell whether they are still the same."""
+    return hash_of([file_hash(f) for f in sorted(folder.iterdir()) if f.suffix in (".safetensors", ".bin")])
 
 
 @functools.lru_cache
@@ -101,12 +116,6 @@ def hub_license(name):
         return ModelCard.load(name).data.license
     except Exception:                                                 # no card, no network: nothing is said
         return None
-
-
-@functools.lru_cache
-def weights_hash(folder, stamps):
-    """Of all weights in a folder; stamps (sizes and times) only tell whether they are still the same."""
-    return hash_of([file_hash(f) for f in sorted(folder.glob("*.safetensors"))])
 
 
 def quiet():

@@ -5,6 +5,7 @@ import hashlib
 import inspect
 import json
 import os
+import re
 import shutil
 import time
 from pathlib import Path
@@ -17,9 +18,9 @@ def hash_of(*parts):
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=10).hexdigest()
 
 
-def source_hash(*functions):
-    """A hash of the source of functions: who edits them does not get what the old ones made."""
-    return hash_of([inspect.getsource(f) for f in functions])
+def source_hash(*parts):
+    """A hash of functions, by their source, and of constants: an edit makes what was cached anew."""
+    return hash_of([inspect.getsource(p) if callable(p) else repr(p) for p in parts])
 
 
 def file_hash(path):
@@ -78,7 +79,9 @@ def cached(kind, name, write):
 def prune():
     """Remove entries that no run has used for KEEP_DAYS."""
     old = time.time() - KEEP_DAYS * 86400
-    for folder in cache_root().glob("*-*"):
+    for folder in cache_root().iterdir() if cache_root().is_dir() else ():
+        if not re.fullmatch(r"(gguf|tokens|targets|csrc)-[0-9a-f]{20}", folder.name):
+            continue                         # not ours
         if folder.lstat().st_mtime < old and folder.is_dir() and not folder.is_symlink():
             shutil.rmtree(folder, ignore_errors=True)
 

@@ -2,6 +2,7 @@
 import argparse
 import dataclasses
 import math
+import re
 import shlex
 import signal
 import sys
@@ -84,10 +85,11 @@ def run_command(train, config):
         end(str(e) or f"interrupted; if {config.out}/state/last.pt exists, --resume goes on from there", 130)
     except OSError as e:
         end(f"expected to read and write files, but {e.filename or config.out}: {e.strerror or e}")
-    except RuntimeError as e:
-        if "out of memory" not in str(e) and "not enough memory" not in str(e):
+    except (RuntimeError, MemoryError) as e:
+        if not isinstance(e, MemoryError) and not re.search("(out of|enough|allocate) memory", str(e)):
             raise
-        end(f"out of memory: lower --micro-batch (now {config.micro_batch}), or --max-length (now "
+        size = "batch_size" if config.method == "simcse" else "micro_batch"
+        end(f"out of memory: lower {flag(size)} (now {getattr(config, size)}), or --max-length (now "
             f"{config.max_length})")
 
 

@@ -264,7 +264,8 @@ def tokenize_corpus(source, tok, max_length):
         np.save(folder / "start.npy", np.concatenate([[0], np.cumsum(np.concatenate(lengths))]))
         (folder / "hash").write_text(digest.hexdigest())
 
-    made_by = source_hash(texts, read_file, parquet, docstrings, prose, clean, tokenize, tokenize_corpus)
+    made_by = source_hash(PACKAGES, LITERAL, MARKUP, CODE, OTHER, WORDS, ITEM, texts, read, read_file,
+                          parquet, hub, docstrings, prose, clean, tokenize, tokenize_corpus)
     name = hash_of(made_by, fingerprint(source), tokenizer_hash(tok), max_length)
     folder = cached("tokens", name, write)
     return Tokens(np.memmap(folder / "ids", np.uint32, "r"), np.load(folder / "start.npy"),

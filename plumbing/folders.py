@@ -19,10 +19,11 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from plumbing.backbones import origin
-from plumbing.cache import write_json
+from plumbing.backbones import identity_of
+from plumbing.cache import write_json, write_whole
 from plumbing.cli import Error, flag
 
 
@@ -69,16 +70,30 @@ def identity(config, corpus_hash):
     """What a resumed run must share with the one that was interrupted."""
     free = ("resume", "overwrite", "save_every", "out", "micro_batch")
     used = {k: v for k, v in dataclasses.asdict(config).items() if k not in free}
-    return used | {"texts of the corpus": corpus_hash, "weights of the backbone": origin(config.backbone),
-                   "weights of --init": origin(config.init) if config.init else None}
+    return used | {"texts of the corpus": corpus_hash,
+                   "weights of the backbone": identity_of(config.backbone),
+                   "weights of --init": identity_of(config.init) if config.init else None}
 
 
 def save_state(out, config, model, optimizer, run, corpus_hash):
     """`run`: the step, the scale and what has been counted."""
     file = out / "state" / "last.pt"
-    torch.save({"identity": identity(config, corpus_hash), "run": run, "optimizer": optimizer.state_dict(),
-                "weights": {n: p for n, p in model.named_parameters() if p.requires_grad}}, f"{file}.new")
+    state = {"identity": identity(config, corpus_hash), "run": run, "optimizer": optimizer.state_dict(),
+             "weights": {n: p for n, p in model.named_parameters() if p.requires_grad}}
+    with writing(out):
+        torch.save(state, f"{file}.new")
     os.replace(f"{file}.new", file)
+
+
+@contextlib.contextmanager
+def writing(folder):
+    """torch and safetensors have types of their own for a full disk: one line instead."""
+    try:
+        yield
+    except (RuntimeError, SafetensorError) as e:
+        free = shutil.disk_usage(folder).free / 1e6
+        raise Error(f"--out: expected to write in {folder}, where {free:,.0f} MB are free: "
+                    f"{' '.join(str(e).split())[:100]}") from None
 
 
 def load_state(out, config, model, optimizer, corpus_hash):
@@ -86,8 +101,7 @@ def load_state(out, config, model, optimizer, corpus_hash):
     corpus or the backbone has changed."""
     if not (out / "state" / "last.pt").exists():
         return None
-    device = next(model.parameters()).device
-    state = torch.load(out / "state" / "last.pt", map_location=device, weights_only=True)
+    state = torch.load(out / "state" / "last.pt", map_location="cpu", weights_only=True)
     was, now = state["identity"], identity(config, corpus_hash)
     changed = [f"{flag(k) if k in was and hasattr(config, k) else k} {v} (was {was.get(k)})"
                for k, v in now.items() if v != was.get(k)]
@@ -100,7 +114,7 @@ def load_state(out, config, model, optimizer, corpus_hash):
     optimizer.load_state_dict(state["optimizer"])
     # steps that came after the state are taken, and logged, again
     lines = (out / "state" / "log.jsonl").read_text().splitlines()[:state["run"]["step"]]
-    (out / "state" / "log.jsonl").write_text("".join(line + "\n" for line in lines))
+    write_whole(out / "state" / "log.jsonl", "".join(line + "\n" for line in lines))
     return state["run"]
 
 
@@ -123,13 +137,14 @@ def save(out, embedder, config, facts):
     for leftover in (new, aside):
         shutil.rmtree(leftover, ignore_errors=True)
     new.mkdir(parents=True)
-    embedder.model.cpu().float().save_pretrained(new)
-    embedder.tok.save_pretrained(new)
-    shared = [f for f in new.iterdir() if f.is_file()]            # weights, config and tokenizer
-    save_dense(new, embedder)
-    save_sparse(new / "sparse", shared, embedder)
-    if embedder.W is not None:
-        save_file({"W": embedder.W, "mean": embedder.mean}, new / "statistics.safetensors")
+    with writing(new):
+        embedder.model.cpu().float().save_pretrained(new)
+        embedder.tok.save_pretrained(new)
+        shared = [f for f in new.iterdir() if f.is_file()]        # weights, config and tokenizer
+        save_dense(new, embedder)
+        save_sparse(new / "sparse", shared, embedder)
+        if embedder.W is not None:
+            save_file({"W": embedder.W, "mean": embedder.mean}, new / "statistics.safetensors")
     facts = facts | {"ours": ours(config), "versions": versions()}
     write_json(new / "t2t.json", facts)
     (new / "README.md").write_text(model_card(config, facts), "utf-8")

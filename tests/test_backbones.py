@@ -106,5 +106,9 @@ def test_smollm2_learns(texts_file, tmp_path):
     facts = json.loads((Path(out) / "t2t.json").read_text())["backbone"]
     assert facts["hub"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
     assert facts["quantisation"] == {"F32": 61, "Q4_1": 210, "Q8_0": 1}
-    tokens = [t for t, _ in t2t.Embedder.load(out).top_tokens(["The wolf sees the goat in the garden."], 8)[0]]
+    from sentence_transformers import SentenceTransformer
+    texts = ["The wolf sees the goat.", "A much longer text about a garden and a river in the desert."]
+    e = t2t.Embedder.load(out)                                        # no chat template comes in between
+    np.testing.assert_allclose(SentenceTransformer(out, device="cpu").encode(texts), e.encode(texts), atol=1e-5)
+    tokens = [t for t, _ in e.top_tokens(["The wolf sees the goat in the garden."], 8)[0]]
     assert set(tokens) & {"wolf", "goat", "garden", "sees"}
