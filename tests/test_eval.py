@@ -39,6 +39,8 @@ def make_lm(folder, seed=0, **config):
     words = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="</s>")
+    # as instruct models have: texts must not go through it
+    tokenizer.chat_template = "{% for m in messages %}winter music {{ m['content'] }}{% endfor %}"
     torch.manual_seed(seed)
     settings = dict(vocab_size=len(vocab), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
                     num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64)
@@ -418,6 +420,12 @@ def test_default_tasks_are_the_benchmark():
     assert {t.metadata.name: t.hf_subsets for t in tasks}["STS22.v2"] == ["en"]
     assert [(t.metadata.name, t.hf_subsets) for t in ev.pick(["STS22", "STS17", "STS17"])] == [
         ("STS22", ["en"]), ("STS17", ["en-en"])]
+
+
+def test_benchmarks():
+    assert len(ev.pick(None, "NanoBEIR")) == 13
+    with pytest.raises(ev.Error, match="expected a benchmark of mteb, got NanoBIER; use one such as NanoBEIR"):
+        ev.pick(None, "NanoBIER")
 
 
 def test_local_data_leaves_mteb_as_it_was(data):
