@@ -40,7 +40,7 @@ from untrained import NAMES, Function, untrained  # noqa: E402
 STS = ["STS12", "STS13", "STSBenchmark"]
 CONTRAST = dict(method="simcse", batch_size=128, lr=3e-5)
 PREDICT = dict(method="mntp", batch_size=64, lr=3e-4)
-TARGET = dict(method="data", batch_size=64)
+TARGET = dict(method="data", batch_size=32)
 MODEL = TARGET | dict(method="model")
 RUNS = {                                               # name -> for each stage what differs from t2t.Config
     "simcse": [CONTRAST],
