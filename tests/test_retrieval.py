@@ -48,9 +48,9 @@ def test_fusion_by_hand():
     assert fused.search({"id": ["q"]}, 10) == {"q": pytest.approx({"x": 1 / 61, "y": 1 / 62 + 1 / 61})}
 
 
-def test_a_checkpoint_without_sparse_is_refused(tmp_path):
+def test_a_checkpoint_without_sparse_is_refused(backbone):
     with pytest.raises(Error, match="expected CKPT/sparse"):
-        ev.compare_sparse(str(tmp_path), [], 8, "cpu")
+        ev.compare_sparse(str(backbone), [], 8, "cpu")
 
 
 # ---------------------------------------------------------------------- through mteb, on a made-up SciFact
