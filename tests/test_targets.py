@@ -51,7 +51,8 @@ def test_scripts_without_case():
     al, kitab, cat = "\u0627\u0644", "\u0643\u062a\u0627\u0628", "\u0e41\u0e21\u0e27"
     tokens = ["<s>", "_" + al, kitab, "_" + kitab, cat]
     words = read_vocabulary(FakeTokenizer(tokens, "\u0120"), 5)
-    assert words.canonical_id.tolist() == [-1, 1, 3, 3, 4] and words.is_continuation.nonzero()[0].tolist() == [2]
+    assert words.canonical_id.tolist() == [-1, 1, 3, 3, 4]
+    assert words.is_continuation.nonzero()[0].tolist() == [2]
     assert find_words(words, np.array([1, 2, 4, 4, 3]), [5])[1].tolist() == [1, 4, 4, 3]
 
 
