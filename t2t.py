@@ -166,10 +166,10 @@ def find_words(words, ids, lengths):
 
 def document_frequency(tokens, words):
     """df (V,): in how many of the N texts each word stands."""
-    df = np.zeros(len(words.canonical_id), np.int64)
+    df, lengths = np.zeros(len(words.canonical_id), np.int64), tokens.lengths
     for block in blocks(range(len(tokens)), 4096):
         text, word = find_words(words, tokens.ids[tokens.start[block[0]]:tokens.start[block[-1] + 1]],
-                                tokens.lengths[block])
+                                lengths[block])
         df += np.bincount(np.unique(text * len(df) + word) % len(df), minlength=len(df))
     return df
 
@@ -676,7 +676,8 @@ def train(config, targets=None, on_step=None):
     if frozen:                                                     # merged into the backbone in float32
         whole = make_trainable(load_backbone(start, config.attention)[0], config.lora_rank, config.seed)
         learned = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        assert not whole.load_state_dict(learned, strict=False).unexpected_keys
+        if unknown := whole.load_state_dict(learned, strict=False).unexpected_keys:
+            raise RuntimeError(f"adapters that do not fit the backbone loaded again: {unknown[0]}")
         embedder.model = whole.merge_and_unload()
     embedder.model.cpu()
     began -= facts.pop("earlier_seconds", 0)                           # the time of interrupted runs counts
@@ -686,7 +687,7 @@ def train(config, targets=None, on_step=None):
 def fit(model, embedder, config, *, out, tokens, words, q, on_step):
     """The training loop -> facts. embedder.model is the network of `model`, without the wrapper of peft."""
     core, tok, device = embedder.model, embedder.tok, config.device
-    H, B = head(core), min(config.batch_size, len(tokens))
+    H, B, lengths = head(core), min(config.batch_size, len(tokens)), tokens.lengths
     params = [p for p in model.parameters() if p.requires_grad]
     vocabulary = Words(*(torch.from_numpy(a).to(device) for a in words[:3]), words.text)
     best = q.marginal_kl if q else math.log(B) if config.method == "simcse" else token_entropy(tokens, tok)
@@ -715,9 +716,9 @@ def fit(model, embedder, config, *, out, tokens, words, q, on_step):
         while run["step"] < config.steps and not interrupted:
             # ------------------------------------------------------------------------------ BEGIN: one step
             torch.manual_seed(config.seed * 1_000_003 + run["step"])  # seeded at each step: no state to save
-            texts = bucketed_batch(run["step"], config.seed, tokens.lengths, B,
+            texts = bucketed_batch(run["step"], config.seed, lengths, B,
                                    1 if config.method == "simcse" else BUCKET)                        # (B,)
-            at_once = config.micro_batch * config.max_length // max(1, tokens.lengths[texts].max())
+            at_once = config.micro_batch * config.max_length // max(1, lengths[texts].max())
             batch = [pad([tokens[n] for n in part], tok.pad_token_id, device)
                      for part in blocks(texts, at_once)]               # list of ids (b,T), mask (b,T)
             if config.method == "simcse":
@@ -757,11 +758,10 @@ def fit(model, embedder, config, *, out, tokens, words, q, on_step):
     if run["step"] < config.steps:
         raise KeyboardInterrupt(f"stopped after step {run['step']}: the same command with --resume goes on")
     last = (out / "state" / "log.jsonl").read_text().splitlines()[-BUCKET:]  # a bucket: texts of all lengths
-    return {
-        "loss": np.mean([json.loads(line)["loss"] for line in last]).item(), "marginal_kl": best,
-        "texts": len(tokens), "texts_seen": config.steps * B, "corpus_hash": tokens.hash,
-        "train_seconds": round(run["seconds"], 1), "earlier_seconds": earlier,
-        "padding": round(1 - run["real_tokens"] / run["padded_tokens"], 4)}
+    return {"loss": np.mean([json.loads(line)["loss"] for line in last]).item(), "marginal_kl": best,
+            "texts": len(tokens), "texts_seen": config.steps * B, "corpus_hash": tokens.hash,
+            "train_seconds": round(run["seconds"], 1), "earlier_seconds": earlier,
+            "padding": round(1 - run["real_tokens"] / run["padded_tokens"], 4)}
 
 
 # ----------------------------------------------------------------------------------------------------- 6. use
