@@ -82,6 +82,7 @@ import numpy as np
 import peft
 import torch
 import torch.nn.functional as F
+from peft.helpers import disable_input_dtype_casting
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint as recomputed
 from tqdm import tqdm
@@ -693,7 +694,9 @@ def fit(model, embedder, config, *, out, tokens, words, q, on_step):
     best = q.marginal_kl if q else math.log(B) if config.method == "simcse" else token_entropy(tokens, tok)
 
     def read(ids, mask):                                               # (b,T), (b,T) -> x (b,T,C), h (b,C)
-        with torch.autocast(device, torch.bfloat16, enabled=config.dtype == "bfloat16"):
+        # peft would copy to float32 what enters an adapter, and autocast back: a fifth of a step
+        with (torch.autocast(device, torch.bfloat16, enabled=config.dtype == "bfloat16"),
+              disable_input_dtype_casting(model)):
             x = hidden_states(core, ids, mask)
         return x, pool(x, mask, config.pooling)
 
