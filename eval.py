@@ -188,11 +188,15 @@ def check_results(out, tasks):
             if want and found.get(key, want) != want:
                 raise Error(f"expected {key} {want} in {out}, got {found[key]} in {file.stem}; change --out")
 
+def known(task, models, cache):
+    """{label: TaskResult} of earlier runs"""
+    found = {k: cache.load_task_result(task.metadata.name, m.mteb_model_meta) for k, m in models.items()}
+    return {k: r for k, r in found.items() if r and not r.get_missing_evaluations(task)}
+
 def score(task, models, cache, data_dir, batch_size):
     """({label: TaskResult}, one line on why there are not more) of one task; its data is loaded once."""
     import mteb
-    found = {k: cache.load_task_result(task.metadata.name, m.mteb_model_meta) for k, m in models.items()}
-    found = {k: r for k, r in found.items() if r and not r.get_missing_evaluations(task)}
+    found = known(task, models, cache)
     where, doing = task.metadata.dataset["path"], "data not loaded"
     try:  # whatever a data set's own loader or its rows raise: hours of other tasks are not lost for it
         for label in [label for label in models if label not in found]:
@@ -208,6 +212,34 @@ def score(task, models, cache, data_dir, batch_size):
     finally:
         task.unload_data()
     return found, None
+
+def characters(task, longest=1000):
+    """That a task gives to encode, by mteb's statistics (0 where it has none); texts cut at about 256 tokens"""
+    splits = task.metadata.descriptive_stats or {}
+    parts = [splits.get(split, {}) for split in task.eval_splits]
+    parts = [p.get("hf_subset_descriptive_stats", {}).get(s, p) for p in parts for s in task.hf_subsets]
+    return sum(texts["unique_texts"] * min(texts["average_text_length"], longest) for part in parts
+               for texts in part.values() if isinstance(texts, dict) and "average_text_length" in texts)
+
+def characters_a_second(model):
+    texts = ["a few words of text " * 20] * 8
+    model.model.encode(texts[:1])
+    began = time.time()
+    model.model.encode(texts)
+    return len(texts) * len(texts[0]) / (time.time() - began)
+
+def into_card(card, label, rows, tasks):
+    """Put the scores into the front matter of a checkpoint's card, where the hub reads them."""
+    from huggingface_hub import EvalResult, ModelCard
+    card, path = ModelCard.load(card), card
+    old = {r.dataset_name: r for r in card.data.eval_results or ()}
+    new = {row["task"]: EvalResult(
+        task_type=row["type"], dataset_name=row["task"], dataset_type=tasks[row["task"]].dataset["path"],
+        metric_type=row["metric"], metric_value=float(row["scores"][label]))
+        for row in rows if label in row["scores"]}
+    card.data.model_name = path.parent.name
+    card.data.eval_results = list((old | new).values())
+    write_whole(path, str(card))
 
 def evaluate(paths, tasks=None, data_dir=None, out="runs/mteb", batch_size=32, device="auto",
              benchmark=BENCHMARK, command=""):
@@ -227,6 +259,10 @@ def evaluate(paths, tasks=None, data_dir=None, out="runs/mteb", batch_size=32, d
         model.mteb_model_meta = model.mteb_model_meta.model_copy(update=filed)
         models[path if names.count(name) > 1 else name] = model
     cache, rows, missing = mteb.ResultCache(out), [], {}
+    work = [characters(task) * (len(models) - len(known(task, models, cache))) for task in tasks]
+    speed = min(map(characters_a_second, models.values())) if any(work) else 1
+    left = lambda first: f"about {sum(work[first:]) / speed / 3600:.1f} h left"
+    print(f"{len(tasks)} tasks, {left(0)}", file=sys.stderr, flush=True)
     for number, task in enumerate(tasks, 1):
         name, began = task.metadata.name, time.time()
         found, reason = score(task, models, cache, data_dir, batch_size)
@@ -235,7 +271,10 @@ def evaluate(paths, tasks=None, data_dir=None, out="runs/mteb", batch_size=32, d
                      "scores": {label: round(100 * found[label].get_score(), 4) for label in found},
                      "seconds": {label: round(found[label].evaluation_time or 0, 1) for label in found}})
         print(f"[{number}/{len(tasks)}] {name}:", *(f"{s:.2f}" for s in rows[-1]["scores"].values()),
-              f"({reason or f'{time.time() - began:.1f} s'})", file=sys.stderr, flush=True)
+              f"({reason or f'{time.time() - began:.1f} s'}; {left(number)})", file=sys.stderr, flush=True)
+    for label, path in zip(models, folders):
+        if Path(path, "t2t.json").is_file():
+            into_card(Path(path, "README.md"), label, rows, {t.metadata.name: t.metadata for t in tasks})
     table = {"command": command, "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
              "seconds": round(time.time() - start, 1), "threads": torch.get_num_threads(),
              "batch_size": batch_size, "device": str(model.model.device),

@@ -17,9 +17,9 @@ and a second term of the same kind at single words: see target_loss.
 
     B texts   T tokens   C hidden width   V vocabulary   K sparse targets a text   (N: all rows, or all texts)
 
-The file reads in the order in which a text travels: words, targets, embedder, loss, training, use.
-PAPER: marks what the abstract of arXiv 2510.10224 states. OURS: marks a choice made here; the paper's
-equations, hyper-parameters and code could not be read. plumbing/ reads corpora and models and writes folders.
+The file has six parts, and each uses only what stands above it: words, network, targets, loss, embedder,
+training. PAPER: marks what the abstract of arXiv 2510.10224 states. OURS: marks a choice made here; the
+paper's equations, hyper-parameters and code could not be read. plumbing/ reads and writes files.
 """
 from dataclasses import asdict, dataclass, field
 
@@ -45,6 +45,7 @@ class Config:
     out: str = setting("ckpt", "folder for the finished checkpoint")
     init: str | None = setting(None, "start from this checkpoint's weights (a second stage)", TRAINED)
     pooling: str = setting("mean", "how the states of a text become one vector", ALL, ["mean", "last"])
+    prompt: str = setting("", "put before a query in use (encode_query, eval.py), not in training")
     attention: str = setting("bidirectional", "what a token may look at", ALL, ["bidirectional", "causal"])
     top_k: int = setting(64, "K, target tokens a text", TARGETS, least=1)
     temperature: float = setting(1.0, "of the targets; a lower one makes them sharper", TARGETS, least=1e-6)
@@ -65,6 +66,12 @@ class Config:
     overwrite: bool = setting(False, "replace what --out holds")
     show_targets: int = setting(0, "print this many texts with their targets, and exit", TARGETS, least=0)
 
+
+WORDS_A_TEXT = 8     # OURS: positions of a text at which the state has to name a word: see target_loss
+BUCKET = 16          # OURS: batches that share texts of like length: see bucketed_batch
+SAMPLE = 512         # OURS: texts that means over the corpus are taken from
+EXAMPLES = ["A dog runs after a ball in the park.", "The bank raised its interest rates again.",
+            "How do I reset my password?", "She plays the violin in a small orchestra."]
 
 # Parsed before the imports, which take seconds, so that --help and a wrong flag answer at once.
 CONFIG = parse(Config, __doc__) if __name__ == "__main__" else None
@@ -175,7 +182,71 @@ def document_frequency(tokens, words):
     return df
 
 
-# ------------------------------------------------------------------------------------------------- 2. targets
+@functools.lru_cache(2)
+def epoch_permutation(seed, epoch, N):
+    return np.random.default_rng((seed, epoch)).permutation(N)
+
+
+# ------------------------------------------------------------------------------------------------- 2. network
+class Head(NamedTuple):
+    """z = softcap * tanh(scale * (h W' + b) / softcap), as the model itself applies it."""
+    weight: torch.Tensor                    # (V,C)
+    bias: torch.Tensor | None               # (V,)
+    scale: float = 1.0                      # Cohere, Granite
+    softcap: float | None = None            # Gemma 2
+
+    def __call__(self, h):                  # (...,C) -> (...,V)
+        z = F.linear(h.to(self.weight.dtype), self.weight, self.bias)
+        return scale_and_cap(z, self.scale, self.softcap)
+
+
+def scale_and_cap(z, scale, softcap):
+    z = z * scale if scale != 1 else z
+    return softcap * torch.tanh(z / softcap) if softcap else z
+
+
+def head(model):
+    """The Head of a causal language model: of its last states, what model(...).logits holds (check_head)."""
+    c, out = model.config.get_text_config(), model.get_output_embeddings()
+    scale = getattr(c, "logit_scale", None) or 1 / (getattr(c, "logits_scaling", None) or 1)
+    softcap = getattr(c, "final_logit_softcapping", None)
+    return Head(out.weight, getattr(out, "bias", None), float(scale), softcap)
+
+
+def load_backbone(name, attention, dtype=torch.float32, option="--backbone"):
+    """-> (causal language model, tokenizer), whose attention is the one asked for and whose head is ours."""
+    model, tok = read_backbone(name, attention, dtype, option)
+    check_head(model, head(model), option)
+    return model, tok
+
+
+def hidden_states(model, ids, mask):
+    """ids (B,T), mask (B,T) -> x (B,T,C): what the model hands to its head."""
+    # On a CPU, the backward pass of torch's fused attention is slow: it costs a third of a step.
+    plain = ids.device.type == "cpu" and torch.is_grad_enabled()
+    with sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():
+        return model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+
+
+def pool(x, mask, pooling):
+    """x (B,T,C), mask (B,T) -> h (B,C) float32, whichever side the padding is on."""
+    if pooling == "mean":
+        m = mask[:, :, None].float()                                                               # (B,T,1)
+        return (x.float() * m).sum(1) / m.sum(1).clamp_min(1)
+    last = mask.shape[1] - 1 - mask.flip(1).argmax(1)            # (B,) the last position that is no padding
+    return x[torch.arange(len(x), device=x.device), last].float()
+
+
+def pad(ids, pad_id, device="cpu"):
+    """list of B id arrays -> ids (B,T), mask (B,T), padded on the right."""
+    mask = torch.zeros(len(ids), max(map(len, ids)), dtype=torch.long)
+    out = torch.full_like(mask, pad_id)
+    for b, row in enumerate(ids):
+        out[b, :len(row)], mask[b, :len(row)] = torch.from_numpy(np.asarray(row, np.int64)), 1
+    return out.to(device), mask.to(device)
+
+
+# ------------------------------------------------------------------------------------------------- 3. targets
 class Targets(NamedTuple):
     """The targets q of the n texts that training reads, memory-mapped. A row sums to 1, or to 0: no words."""
     texts: np.ndarray       # (n,) int64     their numbers in the corpus, sorted
@@ -243,6 +314,39 @@ def model_targets(log_p, usual, words, K, temperature):
     return i.int().masked_fill(p == 0, -1).numpy(), p.numpy()
 
 
+def coalesce(indices, probs):
+    """(N,K), (N,K) -> the same targets, each index once a row, its p added up; freed places hold -1 and 0."""
+    i, order = indices.long().sort(1)
+    p = probs.masked_fill(indices < 0, 0).gather(1, order)
+    place = F.pad(i[:, 1:] != i[:, :-1], (1, 0)).cumsum(1)             # (N,K) distinct indices before this
+    return torch.full_like(i, -1).scatter_(1, place, i), torch.zeros_like(p).scatter_add_(1, place, p)
+
+
+def method_targets(config, tokens, words, model, tok):
+    """-> the function of --method: list of n id arrays -> indices (n,K), probs (n,K)."""
+    K, T, V = config.top_k, config.temperature, len(words.canonical_id)
+    if K > V:
+        raise Error(f"--top-k: expected at most the size of the vocabulary, {V}, got {K}")
+    if config.method in ("data", "both"):
+        idf = np.log(len(tokens) / np.maximum(1, document_frequency(tokens, words)))
+    if config.method in ("model", "both"):
+        sample = [tokens[n] for n in epoch_permutation(config.seed, 0, len(tokens))[:SAMPLE]]
+        parts = blocks(tqdm(sample, "usual"), 64)
+        usual = sum(predict(part, model, tok).sum(0) for part in parts) / len(sample)                 # (V,)
+    if config.method == "data":
+        return lambda ids: data_targets(ids, words, idf, K, T)
+    if config.method == "model":
+        return lambda ids: model_targets(predict(ids, model, tok), usual, words, K, T)
+
+    def both(ids):
+        # OURS: an even mixture, K/2 tokens from each side; a token on both sides has both weights
+        sides = (data_targets(ids, words, idf, K // 2, T),
+                 model_targets(predict(ids, model, tok), usual, words, K // 2, T))
+        i, p = (torch.from_numpy(np.concatenate(x, 1)) for x in zip(*sides))
+        return [x.numpy() for x in coalesce(i, p / p.sum(1, keepdim=True).clamp_min(1e-30))]
+    return both
+
+
 def build_targets(config, tokens, words, model, tok, target_fn=None):
     """-> Targets, made once and kept on disk. `model` is the backbone, frozen and causal; target_fn: an
     experiment's own function, list of n id arrays -> indices (n,k), probs (n,k)."""
@@ -289,193 +393,17 @@ def build_targets(config, tokens, words, model, tok, target_fn=None):
                                           texts.tolist(), of_model), write))
 
 
-def method_targets(config, tokens, words, model, tok):
-    """-> the function of --method: list of n id arrays -> indices (n,K), probs (n,K)."""
-    K, T, V = config.top_k, config.temperature, len(words.canonical_id)
-    if K > V:
-        raise Error(f"--top-k: expected at most the size of the vocabulary, {V}, got {K}")
-    if config.method in ("data", "both"):
-        idf = np.log(len(tokens) / np.maximum(1, document_frequency(tokens, words)))
-    if config.method in ("model", "both"):
-        sample = [tokens[n] for n in epoch_permutation(config.seed, 0, len(tokens))[:SAMPLE]]
-        parts = blocks(tqdm(sample, "usual"), 64)
-        usual = sum(predict(part, model, tok).sum(0) for part in parts) / len(sample)                 # (V,)
-    if config.method == "data":
-        return lambda ids: data_targets(ids, words, idf, K, T)
-    if config.method == "model":
-        return lambda ids: model_targets(predict(ids, model, tok), usual, words, K, T)
-
-    def both(ids):
-        # OURS: an even mixture, K/2 tokens from each side; a token on both sides has both weights
-        sides = (data_targets(ids, words, idf, K // 2, T),
-                 model_targets(predict(ids, model, tok), usual, words, K // 2, T))
-        i, p = (torch.from_numpy(np.concatenate(x, 1)) for x in zip(*sides))
-        return [x.numpy() for x in coalesce(i, p / p.sum(1, keepdim=True).clamp_min(1e-30))]
-    return both
-
-
-# ------------------------------------------------------------------------------------------------ 3. embedder
-class Head(NamedTuple):
-    """z = softcap * tanh(scale * (h W' + b) / softcap), as the model itself applies it."""
-    weight: torch.Tensor                    # (V,C)
-    bias: torch.Tensor | None               # (V,)
-    scale: float = 1.0                      # Cohere, Granite
-    softcap: float | None = None            # Gemma 2
-
-    def __call__(self, h):                  # (...,C) -> (...,V)
-        z = F.linear(h.to(self.weight.dtype), self.weight, self.bias)
-        return scale_and_cap(z, self.scale, self.softcap)
-
-
-def scale_and_cap(z, scale, softcap):
-    z = z * scale if scale != 1 else z
-    return softcap * torch.tanh(z / softcap) if softcap else z
-
-
-def head(model):
-    """The Head of a causal language model: of its last states, what model(...).logits holds (check_head)."""
-    c, out = model.config.get_text_config(), model.get_output_embeddings()
-    scale = getattr(c, "logit_scale", None) or 1 / (getattr(c, "logits_scaling", None) or 1)
-    softcap = getattr(c, "final_logit_softcapping", None)
-    return Head(out.weight, getattr(out, "bias", None), float(scale), softcap)
-
-
-def load_backbone(name, attention, dtype=torch.float32, option="--backbone"):
-    """-> (causal language model, tokenizer), whose attention is the one asked for and whose head is ours."""
-    model, tok = read_backbone(name, attention, dtype, option)
-    check_head(model, head(model), option)
-    return model, tok
-
-
-def hidden_states(model, ids, mask):
-    """ids (B,T), mask (B,T) -> x (B,T,C): what the model hands to its head."""
-    # On a CPU, the backward pass of torch's fused attention is slow: it costs a third of a step.
-    plain = ids.device.type == "cpu" and torch.is_grad_enabled()
-    with sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():
-        return model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-
-
-def pool(x, mask, pooling):
-    """x (B,T,C), mask (B,T) -> h (B,C) float32, whichever side the padding is on."""
-    if pooling == "mean":
-        m = mask[:, :, None].float()                                                               # (B,T,1)
-        return (x.float() * m).sum(1) / m.sum(1).clamp_min(1)
-    last = mask.shape[1] - 1 - mask.flip(1).argmax(1)            # (B,) the last position that is no padding
-    return x[torch.arange(len(x), device=x.device), last].float()
-
-
-def pad(ids, pad_id, device="cpu"):
-    """list of B id arrays -> ids (B,T), mask (B,T), padded on the right."""
-    mask = torch.zeros(len(ids), max(map(len, ids)), dtype=torch.long)
-    out = torch.full_like(mask, pad_id)
-    for b, row in enumerate(ids):
-        out[b, :len(row)], mask[b, :len(row)] = torch.from_numpy(np.asarray(row, np.int64)), 1
-    return out.to(device), mask.to(device)
-
-
-class Embedder:
-    """A model in use. s (`scale`) stands before the head. W (C,C) makes the dense vectors more even: see
-    whitening_matrix. mean (C,), of h over texts of the corpus, is taken off for the sparse vectors."""
-
-    def __init__(self, model, tok, pooling="mean", max_length=128, scale=1.0, top_k=64, W=None, mean=None):
-        self.model, self.tok, self.pooling, self.max_length = model, tok, pooling, max_length
-        self.scale, self.top_k, self.W, self.mean = scale, top_k, W, mean
-
-    @classmethod
-    def load(cls, folder, device="cpu"):
-        """A checkpoint of `train`. Any other causal model is read as it is: causal, mean over tokens."""
-        facts = folders.read_facts(folder)
-        used = facts.get("config", {})
-        model, tok = load_backbone(str(folder), used.get("attention", "causal"))
-        return cls(model.to(device), tok, used.get("pooling", "mean"), facts.get("max_length", 512),
-                   facts.get("scale", 1.0), used.get("top_k", 64), *folders.read_statistics(folder))
-
-    def encode(self, texts, batch_size=64):
-        """list of N str -> (N,C) float32, rows of length 1. A text without a token gives zeros."""
-        h = self.pooled(self.token_ids(texts), batch_size)
-        return F.normalize(h if self.W is None else h @ self.W, dim=1).numpy()
-
-    def token_ids(self, texts):
-        if isinstance(texts, str):
-            raise TypeError("encode: expected a list of texts, got one text: pass [text]")
-        return tokenize(self.tok, list(texts), self.max_length)
-
-    @torch.no_grad()
-    def pooled(self, ids, batch_size=64):
-        """list of N id lists -> h (N,C) float32."""
-        h = torch.zeros(len(ids), head(self.model).weight.shape[1])
-        order = sorted((n for n in range(len(ids)) if len(ids[n])), key=lambda n: -len(ids[n]))
-        for rows in blocks(order, batch_size):                         # of like lengths: less padding
-            part, mask = pad([ids[n] for n in rows], self.tok.pad_token_id, self.model.device)
-            h[rows] = pool(hidden_states(self.model, part, mask), mask, self.pooling).cpu()
-        return h
-
-    @torch.no_grad()
-    def logits(self, h):
-        """h (N,C) -> z (N,V) float32: z = head(s h), by which a vector lights up tokens."""
-        return head(self.model)((self.scale * h).to(self.model.device)).float().cpu()
-
-    @functools.cached_property
-    def words(self):
-        return read_vocabulary(self.tok, len(head(self.model).weight))
-
-    @functools.cached_property
-    def variants(self):
-        """(V,) the one id for all variants of a word; a token that is no word has its own."""
-        canonical_id = self.words.canonical_id
-        return torch.from_numpy(np.where(canonical_id >= 0, canonical_id, np.arange(len(canonical_id))))
-
-    def top_tokens(self, texts, k=10):
-        """list of N str -> for each the k tokens it lights up, [(token, probability)]; variants are one."""
-        p = F.softmax(self.logits(self.pooled(self.token_ids(texts))), -1)                          # (N,V)
-        p, i = torch.zeros_like(p).index_add_(1, self.variants, p).topk(k, 1)
-        return [[(self.name(v), w) for v, w in zip(*row)] for row in zip(i.tolist(), p.tolist())]
-
-    def name(self, v):
-        return self.words.text[v] or repr(self.tok.decode([v]))            # a space would show as nothing
-
-    def sparse(self, texts, k=None):
-        """list of N str -> y (N,V), rows of length 1: the k tokens (top_k) that a text lights up more than
-        texts do on average, the others 0:
-
-            y = max(0, U (h - mean h)),            U: the weight of the head; the mean is that of the corpus
-
-        The vectors of SparseEncoder(folder/sparse). OURS: the abstract has no sparse vectors. What is
-        subtracted is predicted for every text and tells none apart."""
-        h, H = self.pooled(self.token_ids(texts)), head(self.model)                                 # (N,C)
-        with torch.no_grad():
-            centred = h if self.mean is None else h - self.mean
-            y = F.linear(centred.to(H.weight), H.weight).float().cpu()                              # (N,V)
-        top = y.clamp_min(0).topk(min(k or self.top_k, y.shape[1]), 1)
-        return F.normalize(torch.zeros_like(y).scatter_(1, top.indices, top.values), dim=1)
-
-    def explain(self, a, b, k=None):
-        """Why are two texts alike? -> the cosine of their sparse vectors, [(word, its part)], largest first.
-
-            cos(y_a, y_b) = sum_v y_a(v) y_b(v)"""
-        y = self.sparse([a, b], k)                                                                  # (2,V)
-        parts = torch.zeros(y.shape[1]).index_add_(0, self.variants, y[0] * y[1])      # of a word, as one
-        order = parts.argsort(descending=True)[:int((parts > 0).sum())].tolist()
-        return parts.sum().item(), [(self.name(v), parts[v].item()) for v in order]
-
-
-def whitening_matrix(h, power=0.5, ridge=0.01):
-    """h (N,C) -> W (C,C) float32, symmetric: h W spreads more evenly over the directions that h uses.
-
-        S = mean_n u_n u_n',  u = h / |h|, in units of its mean eigenvalue,       W = (S + ridge I)^(-power/2)
-
-    OURS: half whitening; power 1 (arXiv 2103.15316) makes all directions alike. The mean direction of all
-    texts has half the energy, and so dominates every cosine. Fewer than 4 C texts give a noisy S, so that the
-    ridge is larger."""
-    u, (N, C) = F.normalize(h.double(), dim=1), h.shape
-    eigenvalues, E = torch.linalg.eigh(u.T @ u / N)
-    eigenvalues = eigenvalues.clamp_min(0) / eigenvalues.mean() + ridge * max(1, 4 * C / N)
-    return (E * eigenvalues ** (-power / 2) @ E.T).float()
+def show_targets(config, tokens, words, tok, target_fn):
+    """--show-targets: the first texts of the first epoch, and the q of each."""
+    some = [tokens[n] for n in epoch_permutation(config.seed, 0, len(tokens))[:config.show_targets]]
+    for text, indices, probs in zip(some, *target_fn(some)):
+        best = sorted(((p, words.text[v]) for v, p in zip(indices, probs) if v >= 0), reverse=True)
+        print(f"\n{tok.decode(text.tolist(), skip_special_tokens=True).strip()}\n    "
+              f"{'  '.join(f'{t} {p:.3f}' for p, t in best) or '(no target)'}")
 
 
 # ---------------------------------------------------------------------------------------------------- 4. loss
-# Each operation stands here as a few lines of torch, its specification, and in csrc/ as a kernel that is as
-# fast as memory allows.
+# Each operation: a few lines of torch, which specify it, and a kernel in csrc/ as fast as memory allows.
 REDUCTIONS = ["none", "mean", "sum"]
 
 
@@ -535,23 +463,144 @@ def reduce(loss, valid, reduction):
     return loss.sum() / (valid.sum().clamp_min(1) if reduction == "mean" else 1)
 
 
-def coalesce(indices, probs):
-    """(N,K), (N,K) -> the same targets, each index once a row, its p added up; freed places hold -1 and 0."""
-    i, order = indices.long().sort(1)
-    p = probs.masked_fill(indices < 0, 0).gather(1, order)
-    place = F.pad(i[:, 1:] != i[:, :-1], (1, 0)).cumsum(1)             # (N,K) distinct indices before this
-    return torch.full_like(i, -1).scatter_(1, place, i), torch.zeros_like(p).scatter_add_(1, place, p)
+def word_positions(ids, mask, vocabulary):
+    """ids (b,T), mask (b,T) -> text, t, w (n,): word w begins at position t of a text. At most eight a text,
+    evenly spread. vocabulary: Words, as tensors."""
+    inside = F.pad(vocabulary.is_continuation[ids[:, 1:]] & vocabulary.ends_in_letter[ids[:, :-1]], (1, 0))
+    word = (vocabulary.canonical_id[ids] >= 0) & (mask > 0) & ~inside                                # (b,T)
+    every = ((word.sum(1, keepdim=True) + WORDS_A_TEXT - 1) // WORDS_A_TEXT).clamp(min=1)            # (b,1)
+    text, t = (word & ((word.cumsum(1) - 1) % every == 0)).nonzero(as_tuple=True)
+    return text, t, vocabulary.canonical_id[ids[text, t]]
 
 
-# ------------------------------------------------------------------------------------------------ 5. training
-BUCKET, SAMPLE = 16, 512                 # batches that share texts of like length; texts that W is made of
+def target_loss(batch, read, H, scale, indices, probs, vocabulary, impl):
+    """The loss of a batch, a part for each micro-batch, whose graph is gone before the next is made:
+
+        L = mean_b KL(q_b || softmax(head(s h_b))) + mean_b 1/8 sum_t -log softmax(head(x_bt))[w_bt]
+
+    Yields (part of L, part of its first term). batch: list of (ids, mask) (b,T); indices, probs (B,K).
+
+    OURS: the second term. At up to eight positions t of a text, the state at t has to name the word w that
+    begins there (as pretrained, it names the next one). Without it, the mean of many states can fit a text's
+    targets while each state forgets its word. It brings 5 points of STSBenchmark validation."""
+    B, valid, first = len(indices), (indices >= 0).any(1).sum().clamp_min(1), 0
+    for ids, mask in batch:
+        rows = slice(first, first := first + len(ids))
+        x, h = read(ids, mask)                                                              # (b,T,C), (b,C)
+        text, t, w = word_positions(ids, mask, vocabulary)                                            # (n,)
+        # one call for both terms, b texts and n words, so that the head's weights are read once
+        hidden = torch.cat([scale * h, x[text, t].float()]).to(H.weight.dtype)                     # (b+n,C)
+        onehot = F.pad(torch.ones(len(w), 1, device=h.device), (0, indices.shape[1] - 1))            # (n,K)
+        i = torch.cat([indices[rows], w[:, None].where(onehot > 0, -1)])                           # (b+n,K)
+        of_row = linear_vocab_kl(hidden, H.weight, i, torch.cat([probs[rows], onehot.to(probs)]), H.bias,
+                                 reduction="none", impl=impl, check=False, scale=H.scale, softcap=H.softcap)
+        kl, word = of_row[:len(ids)].sum() / valid, of_row[len(ids):].sum() / WORDS_A_TEXT / B
+        yield kl + word, kl.detach()
 
 
-@functools.lru_cache(2)
-def epoch_permutation(seed, epoch, N):
-    return np.random.default_rng((seed, epoch)).permutation(N)
+# ------------------------------------------------------------------------------------------------ 5. embedder
+class Embedder:
+    """A model in use. s (`scale`) stands before the head. W (C,C) makes the dense vectors more even: see
+    whitening_matrix. mean (C,), of h over texts of the corpus, is taken off for the sparse vectors."""
+    SPARSE_K = 256             # OURS: tokens of a sparse vector; with 64, SciFact train is 8 points lower
+
+    def __init__(self, model, tok, pooling="mean", max_length=128, scale=1.0, W=None, mean=None):
+        self.model, self.tok, self.pooling, self.max_length = model, tok, pooling, max_length
+        self.scale, self.W, self.mean = scale, W, mean
+
+    @classmethod
+    def load(cls, folder, device="cpu"):
+        """A checkpoint of `train`. Any other causal model is read as it is: causal, mean over tokens."""
+        facts = folders.read_facts(folder)
+        used = facts.get("config", {})
+        model, tok = load_backbone(str(folder), used.get("attention", "causal"))
+        return cls(model.to(device), tok, used.get("pooling", "mean"), facts.get("max_length", 512),
+                   facts.get("scale", 1.0), *folders.read_statistics(folder))
+
+    def encode(self, texts, batch_size=64):
+        """list of N str -> (N,C) float32, rows of length 1. A text without a token gives zeros."""
+        h = self.pooled(self.token_ids(texts), batch_size)
+        return F.normalize(h if self.W is None else h @ self.W, dim=1).numpy()
+
+    def token_ids(self, texts):
+        if isinstance(texts, str):
+            raise TypeError("encode: expected a list of texts, got one text: pass [text]")
+        return tokenize(self.tok, list(texts), self.max_length)
+
+    @torch.no_grad()
+    def pooled(self, ids, batch_size=64):
+        """list of N id lists -> h (N,C) float32."""
+        h = torch.zeros(len(ids), head(self.model).weight.shape[1])
+        order = sorted((n for n in range(len(ids)) if len(ids[n])), key=lambda n: -len(ids[n]))
+        for rows in blocks(order, batch_size):                         # of like lengths: less padding
+            part, mask = pad([ids[n] for n in rows], self.tok.pad_token_id, self.model.device)
+            h[rows] = pool(hidden_states(self.model, part, mask), mask, self.pooling).cpu()
+        return h
+
+    @torch.no_grad()
+    def logits(self, h):
+        """h (N,C) -> z (N,V) float32: z = head(s h), by which a vector lights up tokens."""
+        return head(self.model)((self.scale * h).to(self.model.device)).float().cpu()
+
+    @functools.cached_property
+    def words(self):
+        return read_vocabulary(self.tok, len(head(self.model).weight))
+
+    @functools.cached_property
+    def variants(self):
+        """(V,) the one id for all variants of a word; a token that is no word has its own."""
+        canonical_id = self.words.canonical_id
+        return torch.from_numpy(np.where(canonical_id >= 0, canonical_id, np.arange(len(canonical_id))))
+
+    def top_tokens(self, texts, k=10):
+        """list of N str -> for each the k tokens it lights up, [(token, probability)]; variants are one."""
+        p = F.softmax(self.logits(self.pooled(self.token_ids(texts))), -1)                          # (N,V)
+        p, i = torch.zeros_like(p).index_add_(1, self.variants, p).topk(k, 1)
+        return [[(self.name(v), w) for v, w in zip(*row)] for row in zip(i.tolist(), p.tolist())]
+
+    def name(self, v):
+        return self.words.text[v] or repr(self.tok.decode([v]))            # a space would show as nothing
+
+    def sparse(self, texts, k=SPARSE_K):
+        """list of N str -> y (N,V), rows of length 1: the k tokens that a text lights up most, compared with
+        texts on average, the others 0:
+
+            y = max(0, U (h - mean h)),            U: the weight of the head; the mean is that of the corpus
+
+        The vectors of SparseEncoder(folder/sparse). OURS: the abstract has no sparse vectors. What is
+        subtracted is predicted for every text and tells none apart."""
+        h, H = self.pooled(self.token_ids(texts)), head(self.model)                                 # (N,C)
+        with torch.no_grad():
+            centred = h if self.mean is None else h - self.mean
+            y = F.linear(centred.to(H.weight), H.weight).float().cpu()                              # (N,V)
+        top = y.clamp_min(0).topk(min(k, y.shape[1]), 1)
+        return F.normalize(torch.zeros_like(y).scatter_(1, top.indices, top.values), dim=1)
+
+    def explain(self, a, b, k=SPARSE_K):
+        """Why are two texts alike? -> the cosine of their sparse vectors, [(word, its part)], largest first.
+
+            cos(y_a, y_b) = sum_v y_a(v) y_b(v)"""
+        y = self.sparse([a, b], k)                                                                  # (2,V)
+        parts = torch.zeros(y.shape[1]).index_add_(0, self.variants, y[0] * y[1])      # of a word, as one
+        order = parts.argsort(descending=True)[:int((parts > 0).sum())].tolist()
+        return parts.sum().item(), [(self.name(v), parts[v].item()) for v in order]
 
 
+def whitening_matrix(h, power=0.5, ridge=0.01):
+    """h (N,C) -> W (C,C) float32, symmetric: h W spreads more evenly over the directions that h uses.
+
+        S = mean_n u_n u_n',  u = h / |h|, in units of its mean eigenvalue,       W = (S + ridge I)^(-power/2)
+
+    OURS: half whitening; power 1 (arXiv 2103.15316) makes all directions alike. The mean direction of all
+    texts has half the energy, and so dominates every cosine. Fewer than 4 C texts give a noisy S, so that the
+    ridge is larger."""
+    u, (N, C) = F.normalize(h.double(), dim=1), h.shape
+    eigenvalues, E = torch.linalg.eigh(u.T @ u / N)
+    eigenvalues = eigenvalues.clamp_min(0) / eigenvalues.mean() + ridge * max(1, 4 * C / N)
+    return (E * eigenvalues ** (-power / 2) @ E.T).float()
+
+
+# ------------------------------------------------------------------------------------------------ 6. training
 def bucketed_batch(step, seed, lengths, B, bucket=BUCKET):
     """-> (B,) the numbers of the texts of a step, by seed and step alone: a resumed run keeps the order.
 
@@ -598,91 +647,6 @@ def measure_scale(h, H, indices, probs):
     model to model. s makes up for both: no other setting depends on a model's norms."""
     losses = [vocab_kl(H(s * h), indices, probs, impl="torch", check=False).item() for s in SCALES]
     return SCALES[int(np.argmin(losses))]
-
-
-def target_loss(batch, read, H, scale, indices, probs, vocabulary, impl):
-    """The loss of a batch, a part for each micro-batch, whose graph is gone before the next is made:
-
-        L = mean_b KL(q_b || softmax(head(s h_b))) + mean_b 1/8 sum_t -log softmax(head(x_bt))[w_bt]
-
-    Yields (part of L, part of its first term). batch: list of (ids, mask) (b,T); indices, probs (B,K).
-
-    OURS: the second term. At up to eight positions t of a text, the state at t has to name the word w that
-    begins there (as pretrained, it names the next one). Without it, the mean of many states can fit a text's
-    targets while each state forgets its word. It brings 5 points of STSBenchmark validation."""
-    B, valid, first = len(indices), (indices >= 0).any(1).sum().clamp_min(1), 0
-    for ids, mask in batch:
-        rows = slice(first, first := first + len(ids))
-        x, h = read(ids, mask)                                                              # (b,T,C), (b,C)
-        text, t, w = word_positions(ids, mask, vocabulary)                                            # (n,)
-        # one call for both terms, b texts and n words, so that the head's weights are read once
-        hidden = torch.cat([scale * h, x[text, t].float()]).to(H.weight.dtype)                     # (b+n,C)
-        onehot = F.pad(torch.ones(len(w), 1, device=h.device), (0, indices.shape[1] - 1))            # (n,K)
-        i = torch.cat([indices[rows], w[:, None].where(onehot > 0, -1)])                           # (b+n,K)
-        of_row = linear_vocab_kl(hidden, H.weight, i, torch.cat([probs[rows], onehot.to(probs)]), H.bias,
-                                 reduction="none", impl=impl, check=False, scale=H.scale, softcap=H.softcap)
-        kl, word = of_row[:len(ids)].sum() / valid, of_row[len(ids):].sum() / WORDS_A_TEXT / B
-        yield kl + word, kl.detach()
-
-
-WORDS_A_TEXT = 8
-
-
-def word_positions(ids, mask, vocabulary):
-    """ids (b,T), mask (b,T) -> text, t, w (n,): word w begins at position t of a text. At most eight a text,
-    evenly spread. vocabulary: Words, as tensors."""
-    inside = F.pad(vocabulary.is_continuation[ids[:, 1:]] & vocabulary.ends_in_letter[ids[:, :-1]], (1, 0))
-    word = (vocabulary.canonical_id[ids] >= 0) & (mask > 0) & ~inside                                # (b,T)
-    every = ((word.sum(1, keepdim=True) + WORDS_A_TEXT - 1) // WORDS_A_TEXT).clamp(min=1)            # (b,1)
-    text, t = (word & ((word.cumsum(1) - 1) % every == 0)).nonzero(as_tuple=True)
-    return text, t, vocabulary.canonical_id[ids[text, t]]
-
-
-def train(config, targets=None, on_step=None):
-    """Train, write the checkpoint to config.out, return its path (None with show_targets). For experiments:
-
-    targets: function(list of n id arrays) -> indices (n,k), probs (n,k), k <= top_k, instead of the method's
-    on_step: function(step, embedder), called after every step"""
-    began, asked = time.time(), checked(config)
-    config = settle(asked)
-    out = None if config.show_targets else folders.start(config)
-    dtype, trains = getattr(torch, config.dtype), config.method != "none"
-
-    # ---- words and targets, by the backbone as it was pretrained
-    model, tok = load_backbone(config.backbone, "causal", dtype)
-    V, in_use = len(head(model.to(config.device)).weight), usable_length(model, config)
-    words = read_vocabulary(tok, V)
-    tokens = tokenize_corpus(config.corpus, tok, config.max_length) if trains else None
-    if config.show_targets:
-        return show_targets(config, tokens, words, tok,
-                            targets or method_targets(config, tokens, words, model, tok))
-    q = build_targets(config, tokens, words, model, tok, targets) if config.method in TARGETS else None
-    before = Embedder(model, tok, config.pooling, in_use).top_tokens(EXAMPLES, 8)
-
-    # ---- the embedder: loaded again, with the attention to train; weights that learn are float32
-    start, option = config.init or config.backbone, "--init" if config.init else "--backbone"
-    frozen = trains and config.lora_rank > 0
-    model = load_backbone(start, config.attention, dtype if frozen else torch.float32, option)[0]
-    if len(head(model.to(config.device)).weight) != V:
-        raise Error(f"--init: expected a checkpoint made from {config.backbone}, got another vocabulary")
-    embedder, facts = Embedder(model, tok, config.pooling, in_use, top_k=config.top_k), {}
-
-    # ---- training, and what the texts of the corpus have in common
-    if trains:
-        model = make_trainable(model, config.lora_rank, config.seed)
-        facts = fit(model, embedder, config, out=out, tokens=tokens, words=words, q=q, on_step=on_step)
-        sample = [tokens[n] for n in epoch_permutation(config.seed, 0, len(tokens))[:SAMPLE]]
-        h = embedder.pooled(sample)                                                                  # (n,C)
-        embedder.W, embedder.mean = whitening_matrix(h), h.mean(0)                             # (C,C), (C,)
-    if frozen:                                                     # merged into the backbone in float32
-        whole = make_trainable(load_backbone(start, config.attention)[0], config.lora_rank, config.seed)
-        learned = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        if unknown := whole.load_state_dict(learned, strict=False).unexpected_keys:
-            raise RuntimeError(f"adapters that do not fit the backbone loaded again: {unknown[0]}")
-        embedder.model = whole.merge_and_unload()
-    embedder.model.cpu()
-    began -= facts.pop("earlier_seconds", 0)                           # the time of interrupted runs counts
-    return finish(out, embedder, config, before=before, began=began, command=command_line(asked), **facts)
 
 
 def fit(model, embedder, config, *, out, tokens, words, q, on_step):
@@ -767,11 +731,6 @@ def fit(model, embedder, config, *, out, tokens, words, q, on_step):
             "padding": round(1 - run["real_tokens"] / run["padded_tokens"], 4)}
 
 
-# ----------------------------------------------------------------------------------------------------- 6. use
-EXAMPLES = ["A dog runs after a ball in the park.", "The bank raised its interest rates again.",
-            "How do I reset my password?", "She plays the violin in a small orchestra."]
-
-
 def finish(out, embedder, config, *, before, began, loss=None, **facts):
     """Write the checkpoint; show the tokens that texts light up, and lit up before (the causal backbone)."""
     after = embedder.top_tokens(EXAMPLES, 8)
@@ -790,13 +749,51 @@ def finish(out, embedder, config, *, before, began, loss=None, **facts):
     return config.out
 
 
-def show_targets(config, tokens, words, tok, target_fn):
-    """--show-targets: the first texts of the first epoch, and the q of each."""
-    some = [tokens[n] for n in epoch_permutation(config.seed, 0, len(tokens))[:config.show_targets]]
-    for text, indices, probs in zip(some, *target_fn(some)):
-        best = sorted(((p, words.text[v]) for v, p in zip(indices, probs) if v >= 0), reverse=True)
-        print(f"\n{tok.decode(text.tolist(), skip_special_tokens=True).strip()}\n    "
-              f"{'  '.join(f'{t} {p:.3f}' for p, t in best) or '(no target)'}")
+def train(config, targets=None, on_step=None):
+    """Train, write the checkpoint to config.out, return its path (None with show_targets). For experiments:
+
+    targets: function(list of n id arrays) -> indices (n,k), probs (n,k), k <= top_k, instead of the method's
+    on_step: function(step, embedder), called after every step"""
+    began, asked = time.time(), checked(config)
+    config = settle(asked)
+    out = None if config.show_targets else folders.start(config)
+    dtype, trains = getattr(torch, config.dtype), config.method != "none"
+
+    # ---- words and targets, by the backbone as it was pretrained
+    model, tok = load_backbone(config.backbone, "causal", dtype)
+    V, in_use = len(head(model.to(config.device)).weight), usable_length(model, config)
+    words = read_vocabulary(tok, V)
+    tokens = tokenize_corpus(config.corpus, tok, config.max_length) if trains else None
+    if config.show_targets:
+        return show_targets(config, tokens, words, tok,
+                            targets or method_targets(config, tokens, words, model, tok))
+    q = build_targets(config, tokens, words, model, tok, targets) if config.method in TARGETS else None
+    before = Embedder(model, tok, config.pooling, in_use).top_tokens(EXAMPLES, 8)
+
+    # ---- the embedder: loaded again, with the attention to train; weights that learn are float32
+    start, option = config.init or config.backbone, "--init" if config.init else "--backbone"
+    frozen = trains and config.lora_rank > 0
+    model = load_backbone(start, config.attention, dtype if frozen else torch.float32, option)[0]
+    if len(head(model.to(config.device)).weight) != V:
+        raise Error(f"--init: expected a checkpoint made from {config.backbone}, got another vocabulary")
+    embedder, facts = Embedder(model, tok, config.pooling, in_use), {}
+
+    # ---- training, and what the texts of the corpus have in common
+    if trains:
+        model = make_trainable(model, config.lora_rank, config.seed)
+        facts = fit(model, embedder, config, out=out, tokens=tokens, words=words, q=q, on_step=on_step)
+        sample = [tokens[n] for n in epoch_permutation(config.seed, 0, len(tokens))[:SAMPLE]]
+        h = embedder.pooled(sample)                                                                  # (n,C)
+        embedder.W, embedder.mean = whitening_matrix(h), h.mean(0)                             # (C,C), (C,)
+    if frozen:                                                     # merged into the backbone in float32
+        whole = make_trainable(load_backbone(start, config.attention)[0], config.lora_rank, config.seed)
+        learned = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if unknown := whole.load_state_dict(learned, strict=False).unexpected_keys:
+            raise RuntimeError(f"adapters that do not fit the backbone loaded again: {unknown[0]}")
+        embedder.model = whole.merge_and_unload()
+    embedder.model.cpu()
+    began -= facts.pop("earlier_seconds", 0)                           # the time of interrupted runs counts
+    return finish(out, embedder, config, before=before, began=began, command=command_line(asked), **facts)
 
 
 if __name__ == "__main__":

@@ -141,8 +141,9 @@ def save(out, embedder, config, facts):
         embedder.model.cpu().float().save_pretrained(new)
         embedder.tok.save_pretrained(new)
         shared = [f for f in new.iterdir() if f.is_file()]        # weights, config and tokenizer
-        save_dense(new, embedder)
-        save_sparse(new / "sparse", shared, embedder)
+        prompts = {"query": config.prompt, "document": ""}
+        save_dense(new, embedder, prompts)
+        save_sparse(new / "sparse", shared, embedder, prompts)
         if embedder.W is not None:
             save_file({"W": embedder.W, "mean": embedder.mean}, new / "statistics.safetensors")
     facts = facts | {"ours": ours(config), "versions": versions()}
@@ -155,17 +156,17 @@ def save(out, embedder, config, facts):
     shutil.rmtree(aside)
 
 
-def save_dense(folder, embedder):
+def save_dense(folder, embedder, prompts):
     """[Transformer, Pooling, Dense, Normalize]: h W, of length 1; without W no Dense."""
     modules = ["Transformer", "Pooling", *["Dense"] * (embedder.W is not None), "Normalize"]
-    write_modules(folder, embedder, "SentenceTransformer", modules)
+    write_modules(folder, embedder, "SentenceTransformer", modules, prompts=prompts)
     write_pooling(folder / "1_Pooling", embedder)
     if embedder.W is not None:
         write_dense(folder / "2_Dense", embedder.W.T, None, "torch.nn.modules.linear.Identity")
     (folder / f"{len(modules) - 1}_Normalize").mkdir()
 
 
-def save_sparse(folder, shared, embedder):
+def save_sparse(folder, shared, embedder, prompts):
     """[Transformer, Pooling, Dense]: max(0, W (h - mean)), the K largest, by cosine: Embedder.sparse"""
     folder.mkdir()
     for f in shared:
@@ -173,10 +174,10 @@ def save_sparse(folder, shared, embedder):
             os.link(f, folder / f.name)
         except OSError:                                           # a file system without hard links
             shutil.copy(f, folder)
-    write_modules(folder, embedder, "SparseEncoder", ["Transformer", "Pooling", "Dense"],
-                  max_active_dims=embedder.top_k)
     write_pooling(folder / "1_Pooling", embedder)
-    W = embedder.model.get_output_embeddings().weight.detach().float().cpu().contiguous()
+    W = embedder.model.get_output_embeddings().weight.detach().float().cpu().contiguous()          # (V,C)
+    write_modules(folder, embedder, "SparseEncoder", ["Transformer", "Pooling", "Dense"], prompts=prompts,
+                  max_active_dims=min(embedder.SPARSE_K, len(W)))
     mean = torch.zeros(W.shape[1]) if embedder.mean is None else embedder.mean
     write_dense(folder / "2_Dense", W, -(W @ mean), "torch.nn.modules.activation.ReLU")
 

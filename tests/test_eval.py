@@ -145,6 +145,36 @@ def test_scores_are_filed_under_the_content_hash(bare, data, tmp_path, encoded, 
     assert again[0]["scores"]["lm"] == pytest.approx(row["scores"]["lm"], abs=1e-3)  # mteb rounds to 6 digits
 
 
+def test_expected_work_is_what_mteb_counts():
+    """By hand from mteb's statistics: STSBenchmark's distinct texts; SciFact's documents are cut."""
+    [sts, scifact] = ev.pick(["STSBenchmark", "SciFact"])
+    assert ev.characters(sts) == pytest.approx(1256 * 53.73966642494561 + 1337 * 53.50181290790428)
+    [massive] = [t for t in ev.pick(None) if t.metadata.name == "MassiveIntentClassification"]
+    assert 0 < ev.characters(massive) < 500_000                        # English of 51 languages
+    parts = scifact.metadata.descriptive_stats["test"]
+    docs, queries = parts["documents_text_statistics"], parts["queries_text_statistics"]
+    assert docs["average_text_length"] > 1000 > queries["average_text_length"]
+    assert ev.characters(scifact) == pytest.approx(
+        1000 * docs["unique_texts"] + queries["average_text_length"] * queries["unique_texts"])
+
+
+def test_scores_go_into_the_card(bare, data, tmp_path, capsys):
+    """In the form that the hub reads; a second run adds its tasks; prose and other facts stay."""
+    from huggingface_hub import ModelCard
+    folder = Path(make_st(tmp_path / "mine", bare))
+    (folder / "t2t.json").write_text("{}")
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n# Mine\n")
+    scores = {}
+    for task in STS_PATHS:
+        table = ev.evaluate([str(folder)], [task], data, tmp_path / "out", device="cpu")
+        scores[task] = table["tasks"][0]["scores"]["mine"]
+        assert "1 tasks, about 0.0 h left" in capsys.readouterr().err
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.license == "mit" and "# Mine" in card.text and card.data.model_name == "mine"
+    assert {r.dataset_name: r.metric_value for r in card.data.eval_results} == scores
+    assert {r.dataset_type for r in card.data.eval_results} == {"mteb/stsbenchmark-sts", "mteb/sts12-sts"}
+
+
 def test_score_is_spearman_of_mean_pooled_causal_vectors(bare, data, tmp_path):
     """The oracle: transformers' own hidden states, one text at a time, and scipy's Spearman."""
     import torch

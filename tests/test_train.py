@@ -291,11 +291,11 @@ def test_sparse_encoder_reads_the_head(checkpoint):
     texts = ["The wolf follows the goat in the desert.", "A bird.", *sentences(5)]
     e, sparse = Embedder.load(checkpoint), SparseEncoder(str(checkpoint / "sparse"), device="cpu")
     z = sparse.encode(texts).to_dense().cpu()                        # in one batch, padded
-    assert (z > 0).sum(1).max() <= 8                                 # top_k of the run
+    assert (z > 0).sum(1).max() <= e.SPARSE_K
     assert_close(F.normalize(z, dim=1), e.sparse(texts), rtol=1e-4, atol=1e-4)
     assert sparse.similarity_fn_name == "cosine"
     W, h = t2t.head(e.model).weight.double(), e.pooled(e.token_ids(texts[:1]))[0].double()
-    top = (W @ (h - e.mean.double())).clamp_min(0).topk(8)           # the first text by hand, in float64
+    top = (W @ (h - e.mean.double())).clamp_min(0).topk(e.SPARSE_K)  # the first text by hand, in float64
     want = torch.zeros(len(W)).double().scatter_(0, top.indices, top.values)
     assert_close(z[0].double(), want, rtol=1e-4, atol=1e-4)
     [found] = sparse.decode(sparse.encode(texts[:1]), top_k=1)
@@ -350,6 +350,19 @@ def test_publishing_reads_the_folder(checkpoint):
     texts = sentences(3)
     assert_close(torch.tensor(SentenceTransformer(str(again), device="cpu").encode(texts)),
                  torch.tensor(st.encode(texts)), rtol=0, atol=0)
+
+
+def test_prompt_stands_before_queries_alone(backbone, texts_file, tmp_path):
+    from mteb.models import SentenceTransformerEncoderWrapper
+    from sentence_transformers import SentenceTransformer, SparseEncoder
+    out = train(config(backbone, texts_file, tmp_path / "a", steps=1, prompt="the wolf: "))
+    for model in (SentenceTransformer(out, device="cpu"), SparseEncoder(out + "/sparse", device="cpu")):
+        one, two, plain = (np.asarray(v.to_dense() if hasattr(v, "to_dense") else v) for v in (
+            model.encode_query("a goat"), model.encode("the wolf: a goat"), model.encode_document("a goat")))
+        np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-6)
+        assert np.abs(one - plain).max() > 1e-3
+    used = SentenceTransformerEncoderWrapper(SentenceTransformer(out, device="cpu")).model_prompts
+    assert used == {"query": "the wolf: ", "document": ""}           # by which eval.py encodes queries
 
 
 # -------------------------------------------------------------------------------------------------- bad input
