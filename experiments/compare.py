@@ -56,8 +56,8 @@ RUNS = {                                               # name -> for each stage 
 TRIALS = {                                             # of the first stage; the best of each stands above
     "simcse": [dict(lr=lr) for lr in (3e-5, 1e-4, 3e-4)],
     "mntp, simcse": [dict(lr=1e-4), dict(lr=3e-4), dict(lr=1e-3)],
-    "data": [dict(lr=5e-4), dict(lr=1e-3), dict(lr=2e-3)],
-    "model": [dict(lr=5e-4), dict(lr=1e-3), dict(lr=2e-3)],
+    "data": [dict(lr=2e-4), dict(lr=5e-4), dict(lr=1e-3)],
+    "model": [dict(lr=2e-4), dict(lr=5e-4), dict(lr=1e-3)],
 }
 CLAIMS = [("data", x) for x in ("simcse", "mntp, simcse", *NAMES, *RUNS) if x != "data"]
 
