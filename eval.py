@@ -47,7 +47,8 @@ def find(path):
         if not folder.exists() and path.count("/") == 1 and path[0] not in "./~":
             from huggingface_hub import snapshot_download
             again = ["*.bin", "onnx/*", "openvino/*"]  # most models have their weights in safetensors too
-            folder = Path(snapshot_download(path, allow_patterns=list(READ), ignore_patterns=again))
+            wanted = [*READ, *(f"*/{pattern}" for pattern in READ)]
+            folder = Path(snapshot_download(path, allow_patterns=wanted, ignore_patterns=again))
         files = model_files(folder)
         problem = ("without config.json" if not {"modules.json", "config.json"} & {f.name for f in files} else
                    "without weights" if not {".safetensors", ".bin"} & {f.suffix for f in files} else None)
@@ -137,8 +138,8 @@ def pick(names, benchmark=BENCHMARK):
         except (KeyError, ValueError):  # no such task; no subset of it in English
             task = None
         if not task or "eng" not in task.languages or task.modalities != ["text"]:
-            known = {t.metadata.name for t in mteb.get_tasks(languages=["eng"], exclude_superseded=False)}
-            near = ", ".join(difflib.get_close_matches(name, sorted(known - {name}))) or "STSBenchmark"
+            english = {t.metadata.name for t in mteb.get_tasks(languages=["eng"], exclude_superseded=False)}
+            near = ", ".join(difflib.get_close_matches(name, sorted(english - {name}))) or "STSBenchmark"
             raise Error(f"expected an MTEB task on English text, got {name}; use one such as {near}")
     picked = [chosen[name] for name in dict.fromkeys(names or chosen)]
     return [part for task in picked for part in (task.metadata.tasks if task.is_aggregate else [task])]
@@ -214,31 +215,37 @@ def score(task, models, cache, data_dir, batch_size):
     return found, None
 
 def characters(task, longest=1000):
-    """That a task gives to encode, by mteb's statistics (0 where it has none); texts cut at about 256 tokens"""
-    splits = task.metadata.descriptive_stats or {}
-    parts = [splits.get(split, {}) for split in task.eval_splits]
-    parts = [p.get("hf_subset_descriptive_stats", {}).get(s, p) for p in parts for s in task.hf_subsets]
-    return sum(texts["unique_texts"] * min(texts["average_text_length"], longest) for part in parts
-               for texts in part.values() if isinstance(texts, dict) and "average_text_length" in texts)
+    """Number of characters that `task` has a model encode, by mteb's statistics; None where there are none. A
+    text counts at most `longest`, about 256 tokens."""
+    total, splits = 0, task.metadata.descriptive_stats or {}
+    for split in task.eval_splits:
+        stats = splits.get(split, {})
+        subsets = stats.get("hf_subset_descriptive_stats")
+        for part in [subsets.get(s, {}) for s in task.hf_subsets] if subsets else [stats]:
+            for texts in part.values():
+                if isinstance(texts, dict) and texts.get("average_text_length"):
+                    n = texts["total_text_length"] / texts["average_text_length"]
+                    n = texts["unique_texts"] if task.metadata.type == "PairClassification" else n
+                    total += n * min(texts["average_text_length"], longest)
+    # mteb clusters a part of the texts
+    return total * (getattr(task, "max_fraction_of_documents_to_embed", None) or 1) or None
 
-def characters_a_second(model):
-    texts = ["a few words of text " * 20] * 8
-    model.model.encode(texts[:1])
+def characters_a_second(model, batch_size):
+    texts = ["a few words of text " * n for n in (2, 5, 10, 40)] * batch_size
+    model.model.encode(texts[:4])
     began = time.time()
-    model.model.encode(texts)
-    return len(texts) * len(texts[0]) / (time.time() - began)
+    model.model.encode(texts, batch_size=batch_size)
+    return sum(map(len, texts)) / (time.time() - began)
 
-def into_card(card, label, rows, tasks):
-    """Put the scores into the front matter of a checkpoint's card, where the hub reads them."""
+def into_card(path, rows, tasks):
+    """Put scores, {task: score}, into the front matter of the card at `path`, where the hub reads them."""
     from huggingface_hub import EvalResult, ModelCard
-    card, path = ModelCard.load(card), card
-    old = {r.dataset_name: r for r in card.data.eval_results or ()}
-    new = {row["task"]: EvalResult(
-        task_type=row["type"], dataset_name=row["task"], dataset_type=tasks[row["task"]].dataset["path"],
-        metric_type=row["metric"], metric_value=float(row["scores"][label]))
-        for row in rows if label in row["scores"]}
-    card.data.model_name = path.parent.name
-    card.data.eval_results = list((old | new).values())
+    card = ModelCard.load(path)
+    old = {r.dataset_config: r for r in card.data.eval_results or ()}
+    new = {name: EvalResult(task_type=tasks[name].type, dataset_type=tasks[name].dataset["path"],
+                            dataset_name=name, dataset_config=name, metric_type=tasks[name].main_score,
+                            metric_value=float(value)) for name, value in rows.items()}
+    card.data.model_name, card.data.eval_results = path.resolve().parent.name, list((old | new).values())
     write_whole(path, str(card))
 
 def evaluate(paths, tasks=None, data_dir=None, out="runs/mteb", batch_size=32, device="auto",
@@ -249,7 +256,9 @@ def evaluate(paths, tasks=None, data_dir=None, out="runs/mteb", batch_size=32, d
     folder_for(out)
     import mteb
     import torch
-    tasks = [localize(task, data_dir) if data_dir else task for task in pick(tasks, benchmark)]
+    tasks = pick(tasks, benchmark)
+    public = {task.metadata.name: task.metadata for task in tasks}
+    tasks = [localize(task, data_dir) if data_dir else task for task in tasks]
     check_results(out, tasks)
     models, names = {}, [Path(os.path.abspath(path)).name for path in folders]
     for name, (path, folder) in zip(names, folders.items()):
@@ -259,30 +268,37 @@ def evaluate(paths, tasks=None, data_dir=None, out="runs/mteb", batch_size=32, d
         model.mteb_model_meta = model.mteb_model_meta.model_copy(update=filed)
         models[path if names.count(name) > 1 else name] = model
     cache, rows, missing = mteb.ResultCache(out), [], {}
-    work = [characters(task) * (len(models) - len(known(task, models, cache))) for task in tasks]
-    speed = min(map(characters_a_second, models.values())) if any(work) else 1
-    left = lambda first: f"about {sum(work[first:]) / speed / 3600:.1f} h left"
+    todo = [[label for label in models if label not in known(task, models, cache)] for task in tasks]
+    work = [characters(task) if labels else 0 for task, labels in zip(tasks, todo)]
+    speed = {k: characters_a_second(models[k], batch_size) for k in {k for labels in todo for k in labels}}
+    hours = [(w or 0) * sum(1 / speed[k] for k in labels) / 3600 for w, labels in zip(work, todo)]
+    left = lambda first: f"about {sum(hours[first:]):.1f} h left" + (
+        ", tasks of unknown size not counted" * (None in work[first:]))
     print(f"{len(tasks)} tasks, {left(0)}", file=sys.stderr, flush=True)
     for number, task in enumerate(tasks, 1):
         name, began = task.metadata.name, time.time()
         found, reason = score(task, models, cache, data_dir, batch_size)
         missing |= {name: reason} if reason else {}
         rows.append({"task": name, "type": task.metadata.type, "metric": task.metadata.main_score,
-                     "scores": {label: round(100 * found[label].get_score(), 4) for label in found},
-                     "seconds": {label: round(found[label].evaluation_time or 0, 1) for label in found}})
-        print(f"[{number}/{len(tasks)}] {name}:", *(f"{s:.2f}" for s in rows[-1]["scores"].values()),
+                     "scores": {k: round(100 * found[k].get_score(), 4) for k in models if k in found},
+                     "seconds": {k: round(found[k].evaluation_time or 0, 1) for k in models if k in found}})
+        print(f"[{number}/{len(tasks)}] {name}:", *(f"{k} {s:.2f}" for k, s in rows[-1]["scores"].items()),
               f"({reason or f'{time.time() - began:.1f} s'}; {left(number)})", file=sys.stderr, flush=True)
-    for label, path in zip(models, folders):
-        if Path(path, "t2t.json").is_file():
-            into_card(Path(path, "README.md"), label, rows, {t.metadata.name: t.metadata for t in tasks})
     table = {"command": command, "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
              "seconds": round(time.time() - start, 1), "threads": torch.get_num_threads(),
-             "batch_size": batch_size, "device": str(model.model.device),
+             "batch_size": batch_size, "device": str(next(iter(models.values())).model.device),
              "versions": {p: version(p) for p in ("mteb", "torch", "transformers", "sentence-transformers")},
              "revisions": {label: model.mteb_model_meta.revision for label, model in models.items()},
              "tasks": rows, **means(rows, list(models)), "missing": missing}
     for name, text in (("table.json", json.dumps(table, indent=1) + "\n"), ("table.md", render(table))):
         write_whole(Path(out, name), text)
+    for label, path in zip(models, folders):
+        if Path(path, "t2t.json").is_file():           # a checkpoint of t2t.py: its card names its scores
+            scores = {row["task"]: row["scores"][label] for row in rows if label in row["scores"]}
+            try:
+                into_card(Path(path, "README.md"), scores, public)
+            except Exception as error:                 # a card of the user's own, or read-only
+                print(f"eval.py: scores not put into {path}/README.md: {brief(error)}", file=sys.stderr)
     return table
 
 # ------------------------------------------------------------------------------------------ 3. the table
@@ -388,8 +404,9 @@ def evaluate_sparse(paths, tasks=None, data_dir=None, out="runs/mteb", batch_siz
     pages, all_missing = [], {}
     folder_for(out)
     names = [Path(path).resolve().name for path in paths]
-    for path, name in zip(paths, names):
+    for path in paths:                                 # a wrong one is refused before hours of work
         find(path)
+    for path, name in zip(paths, names):
         name = "-".join(Path(path).resolve().parts[1:]) if names.count(name) > 1 else name
         chosen = pick(tasks or (SPARSE_TASKS if benchmark == BENCHMARK else None), benchmark)
         chosen = [localize(t, data_dir) if data_dir else t for t in chosen]
@@ -433,7 +450,8 @@ def main(argv=None):
     except Error as error:
         parser.error(error)
     except KeyboardInterrupt:
-        print(f"\neval.py: interrupted; scores are kept in {args.out}, run it again", file=sys.stderr)
+        kept = "" if args.sparse else f"; scores are kept in {args.out}, run it again"
+        print(f"\neval.py: interrupted{kept}", file=sys.stderr)
         return 130
     print(render(table), end="")
     return 3 if table["missing"] else 0

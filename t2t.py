@@ -27,7 +27,7 @@ from plumbing.cli import Error, checked, command_line, parse, run_command
 
 # ------------------------------------------------------------------------------------------------ 0. settings
 TARGETS, TRAINED = ("data", "model", "both"), ("data", "model", "both", "simcse", "mntp")
-ALL = (*TRAINED, "none")
+ALL = (*TRAINED, "none")                 # methods: those with token targets, those that train, all
 
 
 def setting(default, doc, methods=ALL, choices=None, least=None):
@@ -45,7 +45,7 @@ class Config:
     out: str = setting("ckpt", "folder for the finished checkpoint")
     init: str | None = setting(None, "start from this checkpoint's weights (a second stage)", TRAINED)
     pooling: str = setting("mean", "how the states of a text become one vector", ALL, ["mean", "last"])
-    prompt: str = setting("", "put before a query in use (encode_query, eval.py), not in training")
+    prompt: str = setting("", "put before queries of retrieval (encode_query), not in training")
     attention: str = setting("bidirectional", "what a token may look at", ALL, ["bidirectional", "causal"])
     top_k: int = setting(64, "K, target tokens a text", TARGETS, least=1)
     temperature: float = setting(1.0, "of the targets; a lower one makes them sharper", TARGETS, least=1e-6)
@@ -273,7 +273,7 @@ def data_targets(ids, words, idf, K, temperature):
     order = np.lexsort((word, -weight, text))                          # by text, heaviest first, ties by id
     text, word, weight = text[order], word[order], weight[order]
     first = np.searchsorted(text, text)                                # the position where its text begins
-    rank, weight = np.arange(len(text)) - first, (weight / weight[first]) ** (1 / temperature)
+    weight, rank = (weight / weight[first]) ** (1 / temperature), np.arange(len(text)) - first
     text, word, weight, rank = (x[rank < K] for x in (text, word, weight, rank))
     indices, probs = np.full((n, K), -1, np.int32), np.zeros((n, K), np.float32)
     indices[text, rank] = word
@@ -362,7 +362,7 @@ def build_targets(config, tokens, words, model, tok, target_fn=None):
         mean, negative_entropy, valid = np.zeros(V), 0.0, 0
         with tqdm(total=len(texts), desc="targets", unit=" texts") as bar:
             for rows in blocks(range(len(texts)), 256):
-                i, p = from_ids([tokens[n] for n in texts[rows]])                                    # (n,k)
+                i, p = from_ids([tokens[t] for t in texts[rows]])                                    # (n,k)
                 if i.shape[1] > K:
                     raise Error(f"targets: expected at most top_k = {K} tokens a text, got {i.shape[1]}")
                 indices[rows, :i.shape[1]], probs[rows, :i.shape[1]] = i, p
@@ -388,7 +388,7 @@ def build_targets(config, tokens, words, model, tok, target_fn=None):
             return read(Path(folder), None)
     made_by = source_hash(STOP, PROMPT, is_unspaced, read_vocabulary, find_words, document_frequency,
                           coalesce, data_targets, predict, model_targets, method_targets, build_targets)
-    of_model = [str(model.dtype), identity_of(config.backbone)] if config.method != "data" else []
+    of_model = config.method != "data" and [str(model.dtype), identity_of(config.backbone), config.seed]
     return read(cached("targets", hash_of(made_by, tokens.folder.name, config.method, K, config.temperature,
                                           texts.tolist(), of_model), write))
 
@@ -478,22 +478,21 @@ def target_loss(batch, read, H, scale, indices, probs, vocabulary, impl):
 
         L = mean_b KL(q_b || softmax(head(s h_b))) + mean_b 1/8 sum_t -log softmax(head(x_bt))[w_bt]
 
-    Yields (part of L, part of its first term). batch: list of (ids, mask) (b,T); indices, probs (B,K).
-
-    OURS: the second term. At up to eight positions t of a text, the state at t has to name the word w that
-    begins there (as pretrained, it names the next one). Without it, the mean of many states can fit a text's
-    targets while each state forgets its word. It brings 5 points of STSBenchmark validation."""
-    B, valid, first = len(indices), (indices >= 0).any(1).sum().clamp_min(1), 0
+    The first mean is over texts that have targets. Yields (part of L, part of its first term). batch: list of
+    (ids, mask) (b,T); indices, probs (B,K). OURS: the second term. At up to eight positions of a text, the
+    state has to name the word that begins there (as pretrained, it names the next one). Without it, the mean
+    of many states can fit a text's targets while each state forgets its word."""
+    (B, K), valid, first = indices.shape, (indices >= 0).any(1).sum().clamp_min(1), 0
     for ids, mask in batch:
-        rows = slice(first, first := first + len(ids))
+        rows, first = slice(first, first + len(ids)), first + len(ids)
         x, h = read(ids, mask)                                                              # (b,T,C), (b,C)
         text, t, w = word_positions(ids, mask, vocabulary)                                            # (n,)
         # one call for both terms, b texts and n words, so that the head's weights are read once
         hidden = torch.cat([scale * h, x[text, t].float()]).to(H.weight.dtype)                     # (b+n,C)
-        onehot = F.pad(torch.ones(len(w), 1, device=h.device), (0, indices.shape[1] - 1))            # (n,K)
-        i = torch.cat([indices[rows], w[:, None].where(onehot > 0, -1)])                           # (b+n,K)
-        of_row = linear_vocab_kl(hidden, H.weight, i, torch.cat([probs[rows], onehot.to(probs)]), H.bias,
-                                 reduction="none", impl=impl, check=False, scale=H.scale, softcap=H.softcap)
+        i = torch.cat([indices[rows], F.pad(w[:, None], (0, K - 1), value=-1)])                    # (b+n,K)
+        p = torch.cat([probs[rows], F.pad(probs.new_ones(len(w), 1), (0, K - 1))])                 # (b+n,K)
+        of_row = linear_vocab_kl(hidden, H.weight, i, p, H.bias, reduction="none", impl=impl, check=False,
+                                 scale=H.scale, softcap=H.softcap)                                   # (b+n,)
         kl, word = of_row[:len(ids)].sum() / valid, of_row[len(ids):].sum() / WORDS_A_TEXT / B
         yield kl + word, kl.detach()
 
@@ -504,7 +503,7 @@ class Embedder:
     whitening_matrix. mean (C,), of h over texts of the corpus, is taken off for the sparse vectors."""
     SPARSE_K = 256             # OURS: tokens of a sparse vector; with 64, SciFact train is 8 points lower
 
-    def __init__(self, model, tok, pooling="mean", max_length=128, scale=1.0, W=None, mean=None):
+    def __init__(self, model, tok, pooling="mean", max_length=256, scale=1.0, W=None, mean=None):
         self.model, self.tok, self.pooling, self.max_length = model, tok, pooling, max_length
         self.scale, self.W, self.mean = scale, W, mean
 
@@ -561,9 +560,9 @@ class Embedder:
     def name(self, v):
         return self.words.text[v] or repr(self.tok.decode([v]))            # a space would show as nothing
 
-    def sparse(self, texts, k=SPARSE_K):
-        """list of N str -> y (N,V), rows of length 1: the k tokens that a text lights up most, compared with
-        texts on average, the others 0:
+    def sparse(self, texts, k=None):
+        """list of N str -> y (N,V), rows of length 1: the k (SPARSE_K) tokens that a text lights up most,
+        compared with texts on average, the others 0:
 
             y = max(0, U (h - mean h)),            U: the weight of the head; the mean is that of the corpus
 
@@ -573,10 +572,10 @@ class Embedder:
         with torch.no_grad():
             centred = h if self.mean is None else h - self.mean
             y = F.linear(centred.to(H.weight), H.weight).float().cpu()                              # (N,V)
-        top = y.clamp_min(0).topk(min(k, y.shape[1]), 1)
+        top = y.clamp_min(0).topk(min(k or self.SPARSE_K, y.shape[1]), 1)
         return F.normalize(torch.zeros_like(y).scatter_(1, top.indices, top.values), dim=1)
 
-    def explain(self, a, b, k=SPARSE_K):
+    def explain(self, a, b, k=None):
         """Why are two texts alike? -> the cosine of their sparse vectors, [(word, its part)], largest first.
 
             cos(y_a, y_b) = sum_v y_a(v) y_b(v)"""
@@ -655,10 +654,10 @@ def fit(model, embedder, config, *, out, tokens, words, q, on_step):
     H, B, lengths = head(core), min(config.batch_size, len(tokens)), tokens.lengths
     params = [p for p in model.parameters() if p.requires_grad]
     vocabulary = Words(*(torch.from_numpy(a).to(device) for a in words[:3]), words.text)
-    best = q.marginal_kl if q else math.log(B) if config.method == "simcse" else token_entropy(tokens, tok)
+    trivial = q.marginal_kl if q else math.log(B) if config.method == "simcse" else token_entropy(tokens, tok)
 
     def read(ids, mask):                                               # (b,T), (b,T) -> x (b,T,C), h (b,C)
-        # peft would copy to float32 what enters an adapter, and autocast back: a fifth of a step
+        # without the second, peft copies what enters adapters to float32, autocast back: a fifth of a step
         with (torch.autocast(device, torch.bfloat16, enabled=config.dtype == "bfloat16"),
               disable_input_dtype_casting(model)):
             x = hidden_states(core, ids, mask)
@@ -713,7 +712,7 @@ def fit(model, embedder, config, *, out, tokens, words, q, on_step):
             run["real_tokens"] += sum(int(mask.sum()) for _, mask in batch)
             run["padded_tokens"] += sum(mask.numel() for _, mask in batch)
             log.write(json.dumps({"step": run["step"], "loss": loss, "total_loss": total_loss,
-                                  "marginal_kl": best, "lr": group["lr"], "grad_norm": norm,
+                                  "marginal_kl": trivial, "lr": group["lr"], "grad_norm": norm,
                                   "seconds": round(run["seconds"], 1)}) + "\n")
             log.flush()
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
@@ -725,7 +724,7 @@ def fit(model, embedder, config, *, out, tokens, words, q, on_step):
     if run["step"] < config.steps:
         raise KeyboardInterrupt(f"stopped after step {run['step']}: the same command with --resume goes on")
     last = (out / "state" / "log.jsonl").read_text().splitlines()[-BUCKET:]  # a bucket: texts of all lengths
-    return {"loss": np.mean([json.loads(line)["loss"] for line in last]).item(), "marginal_kl": best,
+    return {"loss": np.mean([json.loads(line)["loss"] for line in last]).item(), "marginal_kl": trivial,
             "texts": len(tokens), "texts_seen": config.steps * B, "corpus_hash": tokens.hash,
             "train_seconds": round(run["seconds"], 1), "earlier_seconds": earlier,
             "padding": round(1 - run["real_tokens"] / run["padded_tokens"], 4)}
@@ -742,9 +741,8 @@ def finish(out, embedder, config, *, before, began, loss=None, **facts):
     for text, old, new in zip(EXAMPLES, before, after):
         print(f"{text}\n    before   {line(old)}\n    after    {line(new)}")
     if loss is not None:
-        print(f"\nloss {loss:.3f} nats over the last {BUCKET} steps (best prediction that ignores the text: "
-              f"{facts['marginal_kl']:.3f}); training took {facts['train_seconds']:.0f} s of "
-              f"{facts['seconds']:.0f} s")
+        print(f"\nloss {loss:.3f} nats (best prediction that ignores the text: {facts['marginal_kl']:.3f}); "
+              f"training took {facts['train_seconds']:.0f} s of {facts['seconds']:.0f} s")
     print(f"{config.out}/ is ready:  SentenceTransformer({config.out!r})  or  python eval.py {config.out}")
     return config.out
 
@@ -773,6 +771,7 @@ def train(config, targets=None, on_step=None):
     # ---- the embedder: loaded again, with the attention to train; weights that learn are float32
     start, option = config.init or config.backbone, "--init" if config.init else "--backbone"
     frozen = trains and config.lora_rank > 0
+    del model                                                          # never two in memory
     model = load_backbone(start, config.attention, dtype if frozen else torch.float32, option)[0]
     if len(head(model.to(config.device)).weight) != V:
         raise Error(f"--init: expected a checkpoint made from {config.backbone}, got another vocabulary")
@@ -786,8 +785,9 @@ def train(config, targets=None, on_step=None):
         h = embedder.pooled(sample)                                                                  # (n,C)
         embedder.W, embedder.mean = whitening_matrix(h), h.mean(0)                             # (C,C), (C,)
     if frozen:                                                     # merged into the backbone in float32
+        learned = {name: p.detach().cpu() for name, p in model.named_parameters() if p.requires_grad}
+        model = embedder.model = None
         whole = make_trainable(load_backbone(start, config.attention)[0], config.lora_rank, config.seed)
-        learned = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if unknown := whole.load_state_dict(learned, strict=False).unexpected_keys:
             raise RuntimeError(f"adapters that do not fit the backbone loaded again: {unknown[0]}")
         embedder.model = whole.merge_and_unload()

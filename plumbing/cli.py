@@ -27,7 +27,8 @@ def kind(field):
 def parse(Config, doc):
     """The command line -> Config, a dataclass of settings."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)                       # Ctrl-C amid imports: no traceback
-    parser = argparse.ArgumentParser(prog="t2t.py", description=doc.split("\n")[0], epilog=cache_summary(),
+    cache = cache_summary() if {"-h", "--help"} & set(sys.argv) else None
+    parser = argparse.ArgumentParser(prog="t2t.py", description=doc.split("\n")[0], epilog=cache,
                                      allow_abbrev=False)
     parser.error = end                                                 # argparse would add its usage
     for f in dataclasses.fields(Config):

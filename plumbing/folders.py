@@ -68,7 +68,7 @@ def aside_of(out):
 
 def identity(config, corpus_hash):
     """What a resumed run must share with the one that was interrupted."""
-    free = ("resume", "overwrite", "save_every", "out", "micro_batch")
+    free = ("resume", "overwrite", "save_every", "out", "micro_batch", "prompt")
     used = {k: v for k, v in dataclasses.asdict(config).items() if k not in free}
     return used | {"texts of the corpus": corpus_hash,
                    "weights of the backbone": identity_of(config.backbone),
@@ -261,6 +261,7 @@ def model_card(config, facts):
     source = {"simcse": "A baseline, SimCSE (arXiv 2104.08821)", "none": "A baseline: the backbone as it is",
               "mntp": "A baseline, masked next-token prediction (arXiv 2404.05961)"}.get(
                   config.method, "The method is that of arXiv 2510.10224")
+    prompt = f"\nencode_query puts {config.prompt!r} before a query; encode does not.\n" * bool(config.prompt)
     return f"""---
 {front}
 ---
@@ -273,4 +274,4 @@ under "ours", with every setting, version and hash. Made with sentence-transform
 from sentence_transformers import SentenceTransformer, SparseEncoder
 dense, sparse = SentenceTransformer("this folder"), SparseEncoder("this folder/sparse")
 ```
-"""
+{prompt}"""

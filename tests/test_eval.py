@@ -145,34 +145,45 @@ def test_scores_are_filed_under_the_content_hash(bare, data, tmp_path, encoded, 
     assert again[0]["scores"]["lm"] == pytest.approx(row["scores"]["lm"], abs=1e-3)  # mteb rounds to 6 digits
 
 
-def test_expected_work_is_what_mteb_counts():
-    """By hand from mteb's statistics: STSBenchmark's distinct texts; SciFact's documents are cut."""
-    [sts, scifact] = ev.pick(["STSBenchmark", "SciFact"])
-    assert ev.characters(sts) == pytest.approx(1256 * 53.73966642494561 + 1337 * 53.50181290790428)
-    [massive] = [t for t in ev.pick(None) if t.metadata.name == "MassiveIntentClassification"]
+def test_expected_work_is_what_mteb_encodes():
+    """By hand from mteb's statistics: all texts of STS, all queries, cut documents, 4 % of a clustering
+    task."""
+    names = ["STSBenchmark", "SciFact", "MassiveIntentClassification", "BiorxivClusteringP2P.v2",
+             "TwitterSemEval2015"]
+    sts, scifact, massive, cluster, pairs = ev.pick(names)
+    assert ev.characters(sts) == pytest.approx(147_886)
     assert 0 < ev.characters(massive) < 500_000                        # English of 51 languages
     parts = scifact.metadata.descriptive_stats["test"]
     docs, queries = parts["documents_text_statistics"], parts["queries_text_statistics"]
     assert docs["average_text_length"] > 1000 > queries["average_text_length"]
     assert ev.characters(scifact) == pytest.approx(
-        1000 * docs["unique_texts"] + queries["average_text_length"] * queries["unique_texts"])
+        1000 * parts["num_documents"] + queries["total_text_length"])
+    assert ev.characters(cluster) == pytest.approx(1000 * 53787 * 0.04)
+    parts = pairs.metadata.descriptive_stats["test"]                   # mteb encodes each text of pairs once
+    assert ev.characters(pairs) == pytest.approx(sum(
+        parts[k]["unique_texts"] * parts[k]["average_text_length"] for k in ("text1_statistics",
+                                                                             "text2_statistics")))
 
 
 def test_scores_go_into_the_card(bare, data, tmp_path, capsys):
-    """In the form that the hub reads; a second run adds its tasks; prose and other facts stay."""
+    """In the form that the hub reads, under the names of its data sets; a second run adds its tasks, and one
+    with nothing left to do changes nothing; prose and other facts stay. A broken card costs no table."""
     from huggingface_hub import ModelCard
     folder = Path(make_st(tmp_path / "mine", bare))
     (folder / "t2t.json").write_text("{}")
     (folder / "README.md").write_text("---\nlicense: mit\n---\n# Mine\n")
     scores = {}
-    for task in STS_PATHS:
+    for task in [*STS_PATHS, *STS_PATHS]:
         table = ev.evaluate([str(folder)], [task], data, tmp_path / "out", device="cpu")
         scores[task] = table["tasks"][0]["scores"]["mine"]
         assert "1 tasks, about 0.0 h left" in capsys.readouterr().err
-    card = ModelCard.load(folder / "README.md")
+        card = ModelCard.load(folder / "README.md")
+        assert {r.dataset_name: r.metric_value for r in card.data.eval_results} == scores
     assert card.data.license == "mit" and "# Mine" in card.text and card.data.model_name == "mine"
-    assert {r.dataset_name: r.metric_value for r in card.data.eval_results} == scores
     assert {r.dataset_type for r in card.data.eval_results} == {"mteb/stsbenchmark-sts", "mteb/sts12-sts"}
+    (folder / "README.md").unlink()
+    assert ev.evaluate([str(folder)], ["STS12"], data, tmp_path / "out", device="cpu")["tasks"]
+    assert "scores not put into" in capsys.readouterr().err and (tmp_path / "out" / "table.md").exists()
 
 
 def test_score_is_spearman_of_mean_pooled_causal_vectors(bare, data, tmp_path):
