@@ -5,7 +5,7 @@
 
 A language model turns a text into states, and its head turns states into tokens. Pool the states of a text
 into one vector h and send *that* through the head: an untrained model lights up `, . the and`, a good one
-lights up the tokens that the text is about. Text2Token makes the second out of the first:
+lights up the tokens that the text is about (gives them probability). Text2Token makes such a model:
 
     x = f(ids)                              f: the backbone without its head, x_t a state for each token
     h = mean_t x_t                          one vector for the text
@@ -17,7 +17,7 @@ and a second term of the same kind at single words: see target_loss.
 
     B texts   T tokens   C hidden width   V vocabulary   K sparse targets a text   (N: all rows, or all texts)
 
-The file has six parts, and each uses only what stands above it: words, network, targets, loss, embedder,
+After the settings come six parts, each built on those above it: words, network, targets, loss, embedder,
 training. PAPER: marks what the abstract of arXiv 2510.10224 states. OURS: marks a choice made here; the
 paper's equations, hyper-parameters and code could not be read. plumbing/ reads and writes files.
 """
@@ -40,7 +40,7 @@ class Config:
     """Every setting of a run. The command line is made from these fields: a default stands in one place.
     `lr` None and every "auto" are replaced by real values once, in `settle`, before anything is used."""
     backbone: str = setting("smollm2", "causal language model: smollm2, a folder, a .gguf file, a hub id")
-    method: str = setting("data", "source of targets, or baseline", ALL, ALL)
+    method: str = setting("data", "targets: words of the text, of the model, both; or a baseline", ALL, ALL)
     corpus: str = setting("docstrings", ".txt, .jsonl[.gz], .parquet, a folder, hub:NAME[:COLUMN]", TRAINED)
     out: str = setting("ckpt", "folder for the finished checkpoint")
     init: str | None = setting(None, "start from this checkpoint's weights (a second stage)", TRAINED)
@@ -49,7 +49,7 @@ class Config:
     attention: str = setting("bidirectional", "what a token may look at", ALL, ["bidirectional", "causal"])
     top_k: int = setting(64, "K, target tokens a text", TARGETS, least=1)
     temperature: float = setting(1.0, "of the targets; a lower one makes them sharper", TARGETS, least=1e-6)
-    max_length: int = setting(64, "tokens of a text that training sees", least=1)
+    max_length: int = setting(64, "tokens of a text in training; the checkpoint reads up to 256", least=1)
     batch_size: int = setting(32, "texts a step", TRAINED, least=1)
     micro_batch: int = setting(8, "texts a pass (more if short)", (*TARGETS, "mntp"), least=1)
     steps: int = setting(100, "optimiser steps", TRAINED, least=1)
@@ -68,8 +68,8 @@ class Config:
 
 
 WORDS_A_TEXT = 8     # OURS: positions of a text at which the state has to name a word: see target_loss
-BUCKET = 16          # OURS: batches that share texts of like length: see bucketed_batch
-SAMPLE = 512         # OURS: texts that means over the corpus are taken from
+BUCKET = 16          # OURS: batches whose texts are sorted by length together: see bucketed_batch
+SAMPLE = 512         # OURS: texts by which means over the corpus, and W, are estimated
 EXAMPLES = ["A dog runs after a ball in the park.", "The bank raised its interest rates again.",
             "How do I reset my password?", "She plays the violin in a small orchestra."]
 
@@ -143,7 +143,7 @@ def read_vocabulary(tok, V):
         if not token or v in special or (token[0] == "<" and token[-1] == ">"):
             continue
         s = tok.convert_tokens_to_string([token])
-        s = " " + s.lstrip() if token[0] in "\u2581\u0120" else s  # sentencepiece decodes without its space
+        s = " " + s.lstrip() if token[0] in "\u2581\u0120" else s  # a space in front, which decoding may drop
         word = s.strip()
         if not word:
             continue
@@ -184,12 +184,13 @@ def document_frequency(tokens, words):
 
 @functools.lru_cache(2)
 def epoch_permutation(seed, epoch, N):
+    """The order in which an epoch reads the N texts; a sample of them is its beginning."""
     return np.random.default_rng((seed, epoch)).permutation(N)
 
 
 # ------------------------------------------------------------------------------------------------- 2. network
 class Head(NamedTuple):
-    """z = softcap * tanh(scale * (h W' + b) / softcap), as the model itself applies it."""
+    """z = softcap * tanh(scale * (h U' + bias) / softcap), as the model applies it; U: the weight."""
     weight: torch.Tensor                    # (V,C)
     bias: torch.Tensor | None               # (V,)
     scale: float = 1.0                      # Cohere, Granite
@@ -206,7 +207,7 @@ def scale_and_cap(z, scale, softcap):
 
 
 def head(model):
-    """The Head of a causal language model: of its last states, what model(...).logits holds (check_head)."""
+    """The Head of a causal language model: head(model)(x) is what model(...).logits holds (check_head)."""
     c, out = model.config.get_text_config(), model.get_output_embeddings()
     scale = getattr(c, "logit_scale", None) or 1 / (getattr(c, "logits_scaling", None) or 1)
     softcap = getattr(c, "final_logit_softcapping", None)
@@ -222,8 +223,7 @@ def load_backbone(name, attention, dtype=torch.float32, option="--backbone"):
 
 def hidden_states(model, ids, mask):
     """ids (B,T), mask (B,T) -> x (B,T,C): what the model hands to its head."""
-    # On a CPU, the backward pass of torch's fused attention is slow: it costs a third of a step.
-    plain = ids.device.type == "cpu" and torch.is_grad_enabled()
+    plain = ids.device.type == "cpu" and torch.is_grad_enabled()   # fused, the backward costs a third more
     with sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():
         return model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
 
@@ -262,7 +262,7 @@ class Targets(NamedTuple):
 def data_targets(ids, words, idf, K, temperature):
     """list of n id arrays -> indices (n,K), probs (n,K): the words *in* the text, by how much they tell.
 
-        q_b(v) ~ (tf_b(v) * idf(v))^(1/temperature),      idf(v) = log(N / df(v)), at least 0.001
+        q_b(v) ∝ (tf_b(v) * idf(v))^(1/temperature),      idf(v) = max(0.001, log(N / df(v)))
 
     over the K heaviest v. PAPER: "data-driven": the meaningful tokens of a text. OURS: tf-idf."""
     n, V = len(ids), len(idf)
@@ -293,8 +293,8 @@ def predict(ids, model, tok):
     rows = [before + [i for i in text.tolist() if i not in special] + after for text in ids]
     out = torch.empty(len(rows), len(H.weight))
     for part in blocks(sorted(range(len(rows)), key=lambda n: len(rows[n])), 32):          # of like lengths
-        ids, mask = pad([rows[n] for n in part], tok.pad_token_id, model.device)
-        h = pool(hidden_states(model, ids, mask), mask, "last")                                      # (b,C)
+        some, mask = pad([rows[n] for n in part], tok.pad_token_id, model.device)
+        h = pool(hidden_states(model, some, mask), mask, "last")                                     # (b,C)
         out[part] = F.log_softmax(H(h).float(), -1).cpu()
     return out
 
@@ -324,7 +324,7 @@ def coalesce(indices, probs):
 
 def method_targets(config, tokens, words, model, tok):
     """-> the function of --method: list of n id arrays -> indices (n,K), probs (n,K)."""
-    K, T, V = config.top_k, config.temperature, len(words.canonical_id)
+    K, temperature, V = config.top_k, config.temperature, len(words.canonical_id)
     if K > V:
         raise Error(f"--top-k: expected at most the size of the vocabulary, {V}, got {K}")
     if config.method in ("data", "both"):
@@ -334,14 +334,14 @@ def method_targets(config, tokens, words, model, tok):
         parts = blocks(tqdm(sample, "usual"), 64)
         usual = sum(predict(part, model, tok).sum(0) for part in parts) / len(sample)                 # (V,)
     if config.method == "data":
-        return lambda ids: data_targets(ids, words, idf, K, T)
+        return lambda ids: data_targets(ids, words, idf, K, temperature)
     if config.method == "model":
-        return lambda ids: model_targets(predict(ids, model, tok), usual, words, K, T)
+        return lambda ids: model_targets(predict(ids, model, tok), usual, words, K, temperature)
 
     def both(ids):
         # OURS: an even mixture, K/2 tokens from each side; a token on both sides has both weights
-        sides = (data_targets(ids, words, idf, K // 2, T),
-                 model_targets(predict(ids, model, tok), usual, words, K // 2, T))
+        sides = (data_targets(ids, words, idf, K // 2, temperature),
+                 model_targets(predict(ids, model, tok), usual, words, K // 2, temperature))
         i, p = (torch.from_numpy(np.concatenate(x, 1)) for x in zip(*sides))
         return [x.numpy() for x in coalesce(i, p / p.sum(1, keepdim=True).clamp_min(1e-30))]
     return both
@@ -415,8 +415,8 @@ def vocab_kl(logits, indices, probs, reduction="mean", impl="auto", inplace=Fals
     logits (N,V), indices (N,K) int, probs (N,K) -> () for "mean" and "sum", (N,) for "none". Index -1 is
     padding; duplicates add up; p need not sum to 1. A row without a target gives 0 and is not in the mean.
     `check` validates the values of indices and probs (default: on a CPU; on a GPU this would force a
-    synchronisation). `inplace` allows writing the gradient over logits, if they are not a leaf; this
-    implementation never does. ValueError on wrong arguments."""
+    synchronisation). `inplace` lets the compiled kernel write the gradient over logits, if they are not
+    a leaf; torch ignores it. ValueError on wrong arguments."""
     check_targets("logits", logits, logits.shape[-1], indices, probs, reduction, impl, check)
     if inplace and logits.is_leaf and logits.requires_grad and torch.is_grad_enabled():
         raise ValueError("vocab_kl: logits: expected the result of an operation for inplace=True, got a leaf "
@@ -427,8 +427,8 @@ def vocab_kl(logits, indices, probs, reduction="mean", impl="auto", inplace=Fals
     i, p = coalesce(indices, probs)
     x = logits if logits.dtype == torch.float64 else logits.float()
     p = p.to(x.dtype)
-    x = x - x.detach().amax(1, keepdim=True)                          # largest is 0: no overflow, and a big
-    log_s = x.exp().sum(1, keepdim=True).log()                         # common offset costs no digits
+    x = x - x.detach().amax(1, keepdim=True)              # no overflow, and a common offset costs no digits
+    log_s = x.exp().sum(1, keepdim=True).log()
     log_softmax = x.gather(1, i.clamp_min(0)) - log_s                  # (N,K) at the targets
     log_softmax = log_softmax.masked_fill(p == 0, 0)                  # 0 log 0 = 0, even if a logit is -inf
     return reduce((torch.special.xlogy(p, p) - p * log_softmax).sum(1), (p > 0).any(1), reduction)
@@ -438,8 +438,8 @@ def linear_vocab_kl(hidden, weight, indices, probs, bias=None, reduction="mean",
                     scale=1.0, softcap=None, chunk=1024):
     """vocab_kl(head(hidden), indices, probs) that never holds more than `chunk` rows of the logits.
 
-    hidden (N,C), weight (V,C), bias (V,), scale and softcap as in Head (not s: that is in hidden). Here
-    backward computes the logits again; compiled, the gradient is made with the loss."""
+    hidden (N,C), weight (V,C), bias (V,), scale and softcap as in Head (not s: that is in hidden). The
+    torch code computes the logits again in backward, the compiled one makes the gradient with the loss."""
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError("linear_vocab_kl: hidden and weight: expected (N,C) and (V,C), got "
                          f"{tuple(hidden.shape)} and {tuple(weight.shape)}")
@@ -448,8 +448,8 @@ def linear_vocab_kl(hidden, weight, indices, probs, bias=None, reduction="mean",
         return torch.ops.t2t.linear_vocab_kl(hidden, weight, indices, probs, bias,
                                              REDUCTIONS.index(reduction), scale, softcap, chunk)
 
-    def rows(h, i, p, W, b):
-        return vocab_kl(scale_and_cap(F.linear(h, W, b), scale, softcap), i, p, "none", "torch", check=False)
+    def rows(h, i, p, U, b):
+        return vocab_kl(scale_and_cap(F.linear(h, U, b), scale, softcap), i, p, "none", "torch", check=False)
 
     chunks = zip(hidden.split(chunk), indices.split(chunk), probs.split(chunk))
     loss = torch.cat([recomputed(rows, *x, weight, bias, use_reentrant=False, preserve_rng_state=False)
@@ -464,8 +464,8 @@ def reduce(loss, valid, reduction):
 
 
 def word_positions(ids, mask, vocabulary):
-    """ids (b,T), mask (b,T) -> text, t, w (n,): word w begins at position t of a text. At most eight a text,
-    evenly spread. vocabulary: Words, as tensors."""
+    """ids (b,T), mask (b,T) -> text, t, w (n,): word w begins at position t of a text. Every m-th word, with
+    the least m that gives at most eight a text. vocabulary: Words, as tensors."""
     inside = F.pad(vocabulary.is_continuation[ids[:, 1:]] & vocabulary.ends_in_letter[ids[:, :-1]], (1, 0))
     word = (vocabulary.canonical_id[ids] >= 0) & (mask > 0) & ~inside                                # (b,T)
     every = ((word.sum(1, keepdim=True) + WORDS_A_TEXT - 1) // WORDS_A_TEXT).clamp(min=1)            # (b,1)
@@ -499,8 +499,8 @@ def target_loss(batch, read, H, scale, indices, probs, vocabulary, impl):
 
 # ------------------------------------------------------------------------------------------------ 5. embedder
 class Embedder:
-    """A model in use. s (`scale`) stands before the head. W (C,C) makes the dense vectors more even: see
-    whitening_matrix. mean (C,), of h over texts of the corpus, is taken off for the sparse vectors."""
+    """A model in use. s (`scale`) stands before the head. W (C,C) spreads the dense vectors over more
+    directions: whitening_matrix. mean (C,), of h over the corpus, is subtracted for the sparse vectors."""
     SPARSE_K = 256             # OURS: tokens of a sparse vector; with 64, SciFact train is 8 points lower
 
     def __init__(self, model, tok, pooling="mean", max_length=256, scale=1.0, W=None, mean=None):
@@ -566,8 +566,8 @@ class Embedder:
 
             y = max(0, U (h - mean h)),            U: the weight of the head; the mean is that of the corpus
 
-        The vectors of SparseEncoder(folder/sparse). OURS: the abstract has no sparse vectors. What is
-        subtracted is predicted for every text and tells none apart."""
+        The vectors of SparseEncoder(folder/sparse). OURS: the abstract has no sparse vectors. Tokens
+        that every text lights up tell none apart, so the mean is subtracted."""
         h, H = self.pooled(self.token_ids(texts)), head(self.model)                                 # (N,C)
         with torch.no_grad():
             centred = h if self.mean is None else h - self.mean
@@ -591,8 +591,8 @@ def whitening_matrix(h, power=0.5, ridge=0.01):
         S = mean_n u_n u_n',  u = h / |h|, in units of its mean eigenvalue,       W = (S + ridge I)^(-power/2)
 
     OURS: half whitening; power 1 (arXiv 2103.15316) makes all directions alike. The mean direction of all
-    texts has half the energy, and so dominates every cosine. Fewer than 4 C texts give a noisy S, so that the
-    ridge is larger."""
+    texts has half the energy and so dominates every cosine: S is not centred, to shrink it too. S needs some
+    4 C texts; with N fewer, the ridge is 4 C / N times as large."""
     u, (N, C) = F.normalize(h.double(), dim=1), h.shape
     eigenvalues, E = torch.linalg.eigh(u.T @ u / N)
     eigenvalues = eigenvalues.clamp_min(0) / eigenvalues.mean() + ridge * max(1, 4 * C / N)
@@ -635,7 +635,7 @@ def make_trainable(model, rank, seed):
     return model
 
 
-SCALES = [round(float(s), 4) for s in np.geomspace(0.05, 20, 27)]
+SCALES = [round(float(s), 4) for s in np.geomspace(0.05, 20, 27)]                # OURS: values tried for s
 
 
 @torch.no_grad()
@@ -683,7 +683,7 @@ def fit(model, embedder, config, *, out, tokens, words, q, on_step):
             # ------------------------------------------------------------------------------ BEGIN: one step
             torch.manual_seed(config.seed * 1_000_003 + run["step"])  # seeded at each step: no state to save
             texts = bucketed_batch(run["step"], config.seed, lengths, B,
-                                   1 if config.method == "simcse" else BUCKET)                        # (B,)
+                                   1 if config.method == "simcse" else BUCKET)  # (B,); negatives: any length
             at_once = config.micro_batch * config.max_length // max(1, lengths[texts].max())
             batch = [pad([tokens[n] for n in part], tok.pad_token_id, device)
                      for part in blocks(texts, at_once)]               # list of ids (b,T), mask (b,T)
@@ -723,7 +723,7 @@ def fit(model, embedder, config, *, out, tokens, words, q, on_step):
                 folders.save_state(out, config, model, optimizer, run, tokens.hash)
     if run["step"] < config.steps:
         raise KeyboardInterrupt(f"stopped after step {run['step']}: the same command with --resume goes on")
-    last = (out / "state" / "log.jsonl").read_text().splitlines()[-BUCKET:]  # a bucket: texts of all lengths
+    last = (out / "state" / "log.jsonl").read_text().splitlines()[-BUCKET:]  # about a bucket: all lengths
     return {"loss": np.mean([json.loads(line)["loss"] for line in last]).item(), "marginal_kl": trivial,
             "texts": len(tokens), "texts_seen": config.steps * B, "corpus_hash": tokens.hash,
             "train_seconds": round(run["seconds"], 1), "earlier_seconds": earlier,
