@@ -194,10 +194,10 @@ def known(task, models, cache):
     found = {k: cache.load_task_result(task.metadata.name, m.mteb_model_meta) for k, m in models.items()}
     return {k: r for k, r in found.items() if r and not r.get_missing_evaluations(task)}
 
-def score(task, models, cache, data_dir, batch_size):
-    """({label: TaskResult}, one line on why there are not more) of one task; its data is loaded once."""
+def score(task, models, found, cache, data_dir, batch_size):
+    """({label: TaskResult}, one line on why there are not more) of one task; its data is loaded once. found:
+    what earlier runs have scored, see `known`."""
     import mteb
-    found = known(task, models, cache)
     where, doing = task.metadata.dataset["path"], "data not loaded"
     try:  # whatever a data set's own loader or its rows raise: hours of other tasks are not lost for it
         for label in [label for label in models if label not in found]:
@@ -231,7 +231,7 @@ def characters(task, longest=1000):
     return total * (getattr(task, "max_fraction_of_documents_to_embed", None) or 1) or None
 
 def characters_a_second(model, batch_size):
-    texts = ["a few words of text " * n for n in (2, 5, 10, 40)] * batch_size
+    texts = ["a few words of text " * n for n in (2, 5, 10, 40)] * max(1, batch_size // 4)  # one batch
     model.model.encode(texts[:4])
     began = time.time()
     model.model.encode(texts, batch_size=batch_size)
@@ -268,7 +268,8 @@ def evaluate(paths, tasks=None, data_dir=None, out="runs/mteb", batch_size=32, d
         model.mteb_model_meta = model.mteb_model_meta.model_copy(update=filed)
         models[path if names.count(name) > 1 else name] = model
     cache, rows, missing = mteb.ResultCache(out), [], {}
-    todo = [[label for label in models if label not in known(task, models, cache)] for task in tasks]
+    done = [known(task, models, cache) for task in tasks]
+    todo = [[label for label in models if label not in found] for found in done]
     work = [characters(task) if labels else 0 for task, labels in zip(tasks, todo)]
     speed = {k: characters_a_second(models[k], batch_size) for k in {k for labels in todo for k in labels}}
     hours = [(w or 0) * sum(1 / speed[k] for k in labels) / 3600 for w, labels in zip(work, todo)]
@@ -277,7 +278,7 @@ def evaluate(paths, tasks=None, data_dir=None, out="runs/mteb", batch_size=32, d
     print(f"{len(tasks)} tasks, {left(0)}", file=sys.stderr, flush=True)
     for number, task in enumerate(tasks, 1):
         name, began = task.metadata.name, time.time()
-        found, reason = score(task, models, cache, data_dir, batch_size)
+        found, reason = score(task, models, done[number - 1], cache, data_dir, batch_size)
         missing |= {name: reason} if reason else {}
         rows.append({"task": name, "type": task.metadata.type, "metric": task.metadata.main_score,
                      "scores": {k: round(100 * found[k].get_score(), 4) for k in models if k in found},
