@@ -8,11 +8,12 @@ A trained run is one call of t2t.train a stage; stages follow one another throug
 share of the number of texts (the later one reads those of the first again). An untrained baseline is a
 function of experiments/untrained.py. Every vector is scored raw and half whitened (t2t.whitening_matrix, from
 2,048 texts of the corpus), so no method wins by what could be done to all of them; tf-idf, of V dimensions,
-only raw. Test splits are scored with the settings that --tune found; it looks at STSBenchmark validation and
-Banking77 train only. Runs are kept in --runs, the tables beside them; --publish puts them in results/.
+only raw. Test splits are scored with the settings that --tune found; it looks at validation splits only, and
+whitens as the checkpoint does. Runs are kept in --runs, the tables beside them; --publish puts them in results/.
 """
 import argparse
 import gzip
+import itertools
 import json
 import re
 import shutil
@@ -30,6 +31,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from scipy.stats import rankdata, spearmanr  # noqa: E402
 from scipy.stats import t as t_distribution  # noqa: E402
+from sklearn.linear_model import LogisticRegression  # noqa: E402
 from sklearn.metrics.pairwise import paired_cosine_distances  # noqa: E402
 from sklearn.preprocessing import normalize  # noqa: E402
 
@@ -38,6 +40,7 @@ import t2t  # noqa: E402
 from untrained import NAMES, Function, untrained  # noqa: E402
 
 STS = ["STS12", "STS13", "STSBenchmark"]
+SPLITS = ["STSBenchmark validation", "Banking77 train", "SciFact train"]
 CONTRAST = dict(method="simcse", batch_size=128, lr=3e-5)
 PREDICT = dict(method="mntp", batch_size=64, lr=3e-4)
 TARGET = dict(method="data", batch_size=32)
@@ -53,11 +56,15 @@ RUNS = {                                               # name -> for each stage 
     "data, last": [TARGET | dict(pooling="last")],
     "data, all weights": [TARGET | dict(lora_rank=0, lr=2e-4)],
 }
-TRIALS = {                                             # of the first stage; the best of each stands above
-    "simcse": [dict(lr=lr) for lr in (3e-5, 1e-4, 3e-4)],
-    "mntp, simcse": [dict(lr=1e-4), dict(lr=3e-4), dict(lr=1e-3)],
-    "data": [dict(lr=2e-4), dict(lr=5e-4), dict(lr=1e-3)],
-    "model": [dict(lr=2e-4), dict(lr=5e-4), dict(lr=1e-3)],
+TRIALS = {                                             # the best of each method stands above
+    **RUNS,
+    **{f"data, rate {lr:g}": [TARGET | dict(lr=lr)] for lr in (2e-4, 1e-3)},
+    **{f"data, K {K}": [TARGET | dict(top_k=K)] for K in (16, 256)},
+    **{f"data, temperature {t:g}": [TARGET | dict(temperature=t)] for t in (0.5, 2)},
+    **{f"data, rank {r}": [TARGET | dict(lora_rank=r)] for r in (4, 64)},
+    **{f"model, rate {lr:g}": [MODEL | dict(lr=lr)] for lr in (2e-4, 1e-3)},
+    **{f"simcse, rate {lr:g}": [CONTRAST | dict(lr=lr)] for lr in (1e-4, 3e-4)},
+    **{f"mntp, simcse, rate {lr:g}": [PREDICT | dict(lr=lr), CONTRAST] for lr in (1e-4, 1e-3)},
 }
 CLAIMS = [("data", x) for x in ("simcse", "mntp, simcse", *NAMES, *RUNS) if x != "data"]
 
@@ -79,11 +86,15 @@ def place(name, seed, a):
     return Path(a.runs) / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}"
 
 
+def places(name, stages, seed, a):
+    """The folders of a run, one a stage; the last is the run's own."""
+    return [place(f"{name} stage {n}", seed, a) for n in range(1, len(stages))] + [place(name, seed, a)]
+
+
 def train(name, stages, seed, a, watch=None):
     """The Embedder of a run and its folder, trained unless it stands in --runs."""
     before = None
-    for n, settings in enumerate(stages, 1):
-        folder = place(name, seed, a) if n == len(stages) else place(f"{name} stage {n}", seed, a)
+    for folder, settings in zip(places(name, stages, seed, a), stages):
         config = t2t.Config(backbone=a.backbone, corpus=a.corpus, max_length=a.max_length, init=before,
                             out=str(folder), seed=seed, resume=(folder / "state" / "last.pt").exists(),
                             steps=a.texts // len(stages) // settings["batch_size"], save_every=100,
@@ -177,47 +188,80 @@ def run(name, seed, tasks, a, baselines, some):
 
 
 # --------------------------------------------------------------------------------------------------- tuning
-def validation(read, data_dir, bank=True):
-    """STSBenchmark validation (Spearman) and Banking77 train (8 texts a label against 12 others), x 100"""
+def validation(data_dir):
+    """-> function(read) -> {split: score x 100}, of splits on which settings may be chosen: STSBenchmark
+    validation (Spearman); Banking77 train (logistic regression, 8 texts a label, accuracy on 1,200 others);
+    SciFact train (nDCG@10, 200 queries, their documents and 300 others)"""
     rows = lambda path: [json.loads(line) for line in gzip.open(Path(data_dir, "mteb", path), "rt")]
-    pairs, labels = rows("stsbenchmark-sts/validation.jsonl.gz"), {}
-    sts = 100 * spearmanr(cosines(read, [r["sentence1"] for r in pairs], [r["sentence2"] for r in pairs]),
-                          [r["score"] for r in pairs]).statistic
-    if not bank:
-        return {"STSBenchmark validation": round(sts, 2)}
-    shuffled = rows("banking77/train.jsonl.gz")
-    np.random.default_rng(0).shuffle(shuffled)
-    for r in shuffled:
-        labels.setdefault(r["label"], []).append(r["text"])
-    from sklearn.linear_model import LogisticRegression
-    X, y = zip(*[(t, k) for k, texts in labels.items() for t in texts[:20]])
-    X, first = read(list(X)), np.arange(len(X)) % 20 < 8
-    X, y = normalize(X), np.array(y)
-    X = (X - X[first].mean(0)) / X.std()
-    fit = LogisticRegression(max_iter=200).fit(X[first], y[first])
-    accuracy = 100 * fit.score(X[~first], y[~first])
-    return {"STSBenchmark validation": round(sts, 2), "Banking77 train": round(accuracy, 2)}
+    pairs, bank = rows("stsbenchmark-sts/validation.jsonl.gz"), rows("banking77/train.jsonl.gz")
+    label, order = np.array([r["label"] for r in bank]), np.random.default_rng(0).permutation(len(bank))
+    fitted = np.concatenate([order[label[order] == k][:8] for k in np.unique(label)])
+    others = np.random.default_rng(0).permutation(np.setdiff1d(order, fitted))[:1200]
+
+    relevant = {}                                      # query -> its documents
+    for r in rows("scifact/qrels/train.jsonl.gz"):
+        relevant.setdefault(str(r["query-id"]), set()).add(str(r["corpus-id"]))
+    document = {r["_id"]: f"{r.get('title', '')} {r['text']}".strip() for r in rows("scifact/corpus.jsonl.gz")}
+    text = {r["_id"]: r["text"] for r in rows("scifact/queries.jsonl.gz")}
+    rng = np.random.default_rng(0)
+    queries = list(rng.permutation(sorted(relevant))[:200])
+    found = set().union(*(relevant[q] for q in queries))
+    documents = sorted(found) + list(rng.permutation(sorted(set(document) - found))[:300])
+    hit = np.array([[d in relevant[q] for d in documents] for q in queries], float)            # (queries,docs)
+    discount = 1 / np.log2(np.arange(min(10, len(documents))) + 2)
+
+    def scores(read):
+        sts = spearmanr(cosines(read, [r["sentence1"] for r in pairs], [r["sentence2"] for r in pairs]),
+                        [r["score"] for r in pairs]).statistic
+        x, y = (normalize(read([bank[n]["text"] for n in some])) for some in (fitted, others))
+        accuracy = LogisticRegression().fit(x, label[fitted]).score(y, label[others])
+        similarity = (normalize(read([text[q] for q in queries]))
+                      @ normalize(read([document[d] for d in documents])).T)
+        best = np.take_along_axis(hit, np.argsort(-similarity, 1, "stable")[:, :10], 1)
+        ideal = -np.sort(-hit, 1)[:, :10]
+        ndcg = ((best @ discount) / (ideal @ discount)).mean()
+        return {k: round(100 * float(v), 2) for k, v in zip(SPLITS, (sts, accuracy, ndcg))}
+    return scores
 
 
 def tune(a):
-    """Each method's trials, judged by what the last stage makes of them."""
-    file = Path(a.runs) / "trials.jsonl"
+    """Train and score the trials that --runs does not have yet, then write their table."""
+    file, scores = Path(a.runs) / "trials.jsonl", validation(a.data_dir)
     done = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    for method in a.only or TRIALS:
-        for n, trial in enumerate(TRIALS[method]):
-            if any(d["method"] == method and d["trial"] == trial for d in done):
-                continue
-            t0, (first, *others) = time.time(), RUNS[method]
-            embedder, folder = train(f"trial {method} {n}", [first | trial, *others], a.seeds[0], a)
-            read = once(lambda texts: embedder.pooled(embedder.token_ids(texts)).numpy())
-            row = {"method": method, "trial": trial, "texts": a.texts,
-                   "raw": validation(read, a.data_dir),
-                   "seconds": round(time.time() - t0)}
-            with open(file, "a") as f:
-                f.write(json.dumps(row) + "\n")
-            print(row, flush=True)
-            for made in Path(a.runs).glob(f"{folder.name[:folder.name.rindex('-')]}*/"):
-                shutil.rmtree(made)
+    for seed, name in itertools.product(a.seeds, a.only or TRIALS):
+        if any((d["name"], d["seed"], d["settings"]) == (name, seed, TRIALS[name]) for d in done):
+            continue
+        t0, here = time.time(), commit()
+        embedder, folder = train(f"trial {name}", TRIALS[name], seed, a)
+        made = json.loads((folder / "t2t.json").read_text())
+        embedder.model.to(getattr(torch, made["config"]["dtype"]))     # as it was trained: twice as fast
+        read = once(lambda texts: embedder.pooled(embedder.token_ids(texts)).numpy())
+        done.append({"name": name, "seed": seed, "settings": TRIALS[name], "raw": scores(read),
+                     "whitened": scores(whitened(read, embedder.W.numpy())), "commit": here,
+                     **without_folders({k: made[k] for k in KEPT}), "all_seconds": round(time.time() - t0)})
+        with open(file, "a") as f:
+            f.write(json.dumps(done[-1]) + "\n")
+        print(name, seed, done[-1]["raw"], done[-1]["whitened"], flush=True)
+        for stage in places(f"trial {name}", TRIALS[name], seed, a):
+            shutil.rmtree(stage)
+    text = [f"Validation splits, {a.texts:,} texts of {Path(a.corpus).name}, up to {a.max_length} tokens, a run; "
+            "scores x 100, means over seeds", "",
+            f"| | seeds | {' | '.join(SPLITS)} | mean | of each seed | whitened: {' | '.join(SPLITS)} | mean |",
+            "|---|---:|" + "---:|" * (2 * len(SPLITS) + 3)]
+    for name in TRIALS:
+        found = [d for d in done if d["name"] == name and d["settings"] == TRIALS[name]]
+        if not found:
+            continue
+        cells = [name, str(len(found))]
+        for how in ("raw", "whitened"):
+            table = np.array([list(d[how].values()) for d in found])                       # (seeds,splits)
+            cells += [f"{x:.1f}" for x in (*table.mean(0), table.mean())]
+            cells += ["  ".join(f"{x:.1f}" for x in table.mean(1))] * (how == "raw")
+        text.append(f"| {' | '.join(cells)} |")
+    out = str((ROOT / "results" if a.publish else Path(a.runs)) / f"trials-{Path(a.corpus).stem}-{a.texts}")
+    Path(out + ".json").write_text(json.dumps(done, indent=1) + "\n")
+    Path(out + ".md").write_text("\n".join(text) + "\n")
+    print("\n".join(text))
 
 
 # ---------------------------------------------------------------------------------------------------- tables
@@ -311,14 +355,12 @@ def report(a):
                 claims.append({"claim": f"{one} > {two}", "vectors": vectors,
                                "mean STS": difference(items(one), items(two), pair),
                                "seeds": [len(items(one)), len(items(two))]})
-    trials = Path(a.runs) / "trials.jsonl"
     command = (f"python experiments/compare.py --corpus {Path(a.corpus).name} --texts {a.texts} "
                f"--max-length {a.max_length} --data-dir DIR")
     shared = {f"{s} in {t}": int(np.isin(pair[s], pair[t]).sum()) for s in pair for t in pair if s != t}
     facts = {"command": command, "texts a run": a.texts, "test pairs that stand in another task": shared,
              "versions": {p: version(p) for p in ("torch", "transformers", "mteb", "scipy")},
-             "rows": table, "claims": claims,
-             "trials": [json.loads(x) for x in trials.read_text().splitlines()] if trials.exists() else []}
+             "rows": table, "claims": claims}
     out = str((ROOT / "results" if a.publish else Path(a.runs)) / f"compare-{Path(a.corpus).stem}-{a.texts}")
     Path(out + ".json").write_text(json.dumps(facts, indent=1) + "\n")
     columns = [*STS, "mean STS", "Banking77Classification"]

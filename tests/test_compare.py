@@ -112,3 +112,47 @@ def test_two_stages_from_nothing(data, backbone, texts_file, tmp_path, monkeypat
     monkeypatch.setattr(t2t, "train", never)
     compare.main()
     assert (tmp_path / "runs" / "compare-texts-256.md").read_text() == table
+
+def test_validation_by_hand(tmp_path):
+    """Vectors in the plane. Ranks of the pairs' cosines are those of their scores but for one swap of
+    neighbours: Spearman 1 - 6 * 2 / (4 * 15) = 0.8. Labels on two axes are told apart. Query 0 finds its
+    document second, query 1 finds its two first and third:
+    nDCG (1 / log2 3 + (1 + 1 / log2 4) / (1 + 1 / log2 3)) / 2 = 0.7753."""
+    import gzip
+
+    def write(path, rows):
+        path = tmp_path / "mteb" / path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with gzip.open(path, "wt") as f:
+            f.writelines(json.dumps(r) + "\n" for r in rows)
+    turn = lambda degrees: np.array([np.cos(np.radians(degrees)), np.sin(np.radians(degrees))])
+    vector = {"zero": turn(0)} | {f"pair {d}": turn(d) for d in (10, 20, 30, 40)}
+    write("stsbenchmark-sts/validation.jsonl.gz", [
+        {"sentence1": "zero", "sentence2": f"pair {d}", "score": s} for d, s in ((10, 3), (20, 4), (30, 2), (40, 1))])
+    bank = [{"text": f"bank {k} {n}", "label": k} for k in (0, 1) for n in range(12)]
+    vector |= {r["text"]: turn(90 * r["label"] + int(r["text"].split()[2])) for r in bank}
+    write("banking77/train.jsonl.gz", bank)
+    degrees = {"d0": 5, "d1": 10, "d2": 80, "d3": 70, "d4": 60}
+    vector |= {f"{d} {d}": turn(x) for d, x in degrees.items()} | {"q0": turn(0), "q1": turn(90)}
+    write("scifact/corpus.jsonl.gz", [{"_id": d, "title": d, "text": d} for d in degrees])
+    write("scifact/queries.jsonl.gz", [{"_id": q, "text": q} for q in ("q0", "q1")])
+    write("scifact/qrels/train.jsonl.gz", [{"query-id": q, "corpus-id": d, "score": 1} for q, d in
+                                           (("q0", "d1"), ("q1", "d2"), ("q1", "d4"))])
+    got = compare.validation(tmp_path)(lambda texts: np.array([vector[t] for t in texts]))
+    assert got == {"STSBenchmark validation": 80.0, "Banking77 train": 100.0, "SciFact train": 77.53}
+
+def test_trials_are_made_once(data, backbone, texts_file, tmp_path, monkeypatch, capsys):
+    """Two trials, one of them in two stages, over two seeds; again, nothing is trained; the table's mean."""
+    monkeypatch.setattr(compare, "validation", lambda _: lambda read: dict.fromkeys(
+        compare.SPLITS, float(len(read(["a text"])))))
+    args = ["compare.py", "--data-dir", data, "--corpus", str(texts_file), "--backbone", str(backbone), "--tune",
+            "--seeds", "1", "2", "--runs", str(tmp_path), "--texts", "256", "--only", "data", "mntp, simcse"]
+    monkeypatch.setattr(sys, "argv", args)
+    compare.main()
+    made = json.loads((tmp_path / "trials-texts-256.json").read_text())
+    assert [(r["name"], r["seed"], r["texts_seen"]) for r in made] == [
+        ("data", 1, 256), ("mntp, simcse", 1, 128), ("data", 2, 256), ("mntp, simcse", 2, 128)]
+    assert not list(tmp_path.glob("trial-*"))
+    monkeypatch.setattr(t2t, "train", None)
+    compare.main()
+    assert "| data | 2 | 1.0 | 1.0 | 1.0 | 1.0 | 1.0  1.0 |" in capsys.readouterr().out
