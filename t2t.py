@@ -13,8 +13,6 @@ lights up the tokens that the text is about (gives them probability). Text2Token
     L = mean_b KL(q_b || softmax(z_b))      q_b: the few tokens, with weights, that text b should light up
     e = h W / |h W|                         what encode returns; W: whitening_matrix, made after training
 
-and a second term of the same kind at single words: see target_loss.
-
     B texts   T tokens   C hidden width   V vocabulary   K sparse targets a text   (N: all rows, or all texts)
 
 After the settings come six parts, each built on those above it: words, network, targets, loss, embedder,
@@ -67,7 +65,6 @@ class Config:
     show_targets: int = setting(0, "print this many texts with their targets, and exit", TARGETS, least=0)
 
 
-WORDS_A_TEXT = 8     # OURS: positions of a text at which the state has to name a word: see target_loss
 BUCKET = 16          # OURS: batches whose texts are sorted by length together: see bucketed_batch
 SAMPLE = 512         # OURS: texts by which means over the corpus, and W, are estimated
 EXAMPLES = ["A dog runs after a ball in the park.", "The bank raised its interest rates again.",
@@ -463,38 +460,16 @@ def reduce(loss, valid, reduction):
     return loss.sum() / (valid.sum().clamp_min(1) if reduction == "mean" else 1)
 
 
-def word_positions(ids, mask, vocabulary):
-    """ids (b,T), mask (b,T) -> text, t, w (n,): word w begins at position t of a text. Every m-th word, with
-    the least m that gives at most eight a text. vocabulary: Words, as tensors."""
-    inside = F.pad(vocabulary.is_continuation[ids[:, 1:]] & vocabulary.ends_in_letter[ids[:, :-1]], (1, 0))
-    word = (vocabulary.canonical_id[ids] >= 0) & (mask > 0) & ~inside                                # (b,T)
-    every = ((word.sum(1, keepdim=True) + WORDS_A_TEXT - 1) // WORDS_A_TEXT).clamp(min=1)            # (b,1)
-    text, t = (word & ((word.cumsum(1) - 1) % every == 0)).nonzero(as_tuple=True)
-    return text, t, vocabulary.canonical_id[ids[text, t]]
-
-
-def target_loss(batch, read, H, scale, indices, probs, vocabulary, impl):
+def target_loss(batch, forward, H, scale, indices, probs, impl):
     """The loss of a batch, a part for each micro-batch, whose graph is gone before the next is made:
 
-        L = mean_b KL(q_b || softmax(head(s h_b))) + mean_b 1/8 sum_t -log softmax(head(x_bt))[w_bt]
+        L = mean_b KL(q_b || softmax(head(s h_b)))                          over the texts that have targets
 
-    The first mean is over texts that have targets. Yields (part of L, part of its first term). batch: list of
-    (ids, mask) (b,T); indices, probs (B,K). OURS: the second term. At up to eight positions of a text, the
-    state has to name the word that begins there (as pretrained, it names the next one). Without it, the mean
-    of many states can fit a text's targets while each state forgets its word."""
-    (B, K), valid, first = indices.shape, (indices >= 0).any(1).sum().clamp_min(1), 0
-    for ids, mask in batch:
-        rows, first = slice(first, first + len(ids)), first + len(ids)
-        x, h = read(ids, mask)                                                              # (b,T,C), (b,C)
-        text, t, w = word_positions(ids, mask, vocabulary)                                            # (n,)
-        # one call for both terms, b texts and n words, so that the head's weights are read once
-        hidden = torch.cat([scale * h, x[text, t].float()]).to(H.weight.dtype)                     # (b+n,C)
-        i = torch.cat([indices[rows], F.pad(w[:, None], (0, K - 1), value=-1)])                    # (b+n,K)
-        p = torch.cat([probs[rows], F.pad(probs.new_ones(len(w), 1), (0, K - 1))])                 # (b+n,K)
-        of_row = linear_vocab_kl(hidden, H.weight, i, p, H.bias, reduction="none", impl=impl, check=False,
-                                 scale=H.scale, softcap=H.softcap)                                   # (b+n,)
-        kl, word = of_row[:len(ids)].sum() / valid, of_row[len(ids):].sum() / WORDS_A_TEXT / B
-        yield kl + word, kl.detach()
+    batch: list of (ids, mask) (b,T); forward(ids, mask) -> x (b,T,C), h (b,C); indices, probs (B,K)."""
+    valid, sizes = (indices >= 0).any(1).sum().clamp_min(1), [len(ids) for ids, _ in batch]
+    for (ids, mask), i, p in zip(batch, indices.split(sizes), probs.split(sizes)):                    # (b,K)
+        _, h = forward(ids, mask)                                                                    # (b,C)
+        yield vocab_kl(H(scale * h), i, p, reduction="sum", impl=impl, check=False) / valid
 
 
 # ------------------------------------------------------------------------------------------------ 5. embedder
@@ -648,15 +623,14 @@ def measure_scale(h, H, indices, probs):
     return SCALES[int(np.argmin(losses))]
 
 
-def fit(model, embedder, config, *, out, tokens, words, q, on_step):
+def fit(model, embedder, config, *, out, tokens, q, on_step):
     """The training loop -> facts. embedder.model is the network of `model`, without the wrapper of peft."""
     core, tok, device = embedder.model, embedder.tok, config.device
     H, B, lengths = head(core), min(config.batch_size, len(tokens)), tokens.lengths
     params = [p for p in model.parameters() if p.requires_grad]
-    vocabulary = Words(*(torch.from_numpy(a).to(device) for a in words[:3]), words.text)
     trivial = q.marginal_kl if q else math.log(B) if config.method == "simcse" else token_entropy(tokens, tok)
 
-    def read(ids, mask):                                               # (b,T), (b,T) -> x (b,T,C), h (b,C)
+    def forward(ids, mask):                                            # (b,T), (b,T) -> x (b,T,C), h (b,C)
         # without the second, peft copies what enters adapters to float32, autocast back: a fifth of a step
         with (torch.autocast(device, torch.bfloat16, enabled=config.dtype == "bfloat16"),
               disable_input_dtype_casting(model)):
@@ -688,18 +662,18 @@ def fit(model, embedder, config, *, out, tokens, words, q, on_step):
             batch = [pad([tokens[n] for n in part], tok.pad_token_id, device)
                      for part in blocks(texts, at_once)]               # list of ids (b,T), mask (b,T)
             if config.method == "simcse":
-                losses = simcse(batch, read, core)
+                losses = simcse(batch, forward, core)
             elif config.method == "mntp":
-                losses = mntp(batch, read, H, tok)
+                losses = mntp(batch, forward, H, tok)
             else:
                 indices, probs = (a.to(device) for a in q.of(texts))                                 # (B,K)
-                losses = target_loss(batch, read, H, embedder.scale, indices, probs, vocabulary, config.impl)
-            loss = total_loss = 0.0
-            for part, shown in losses:                                 # one for each micro-batch
+                losses = target_loss(batch, forward, H, embedder.scale, indices, probs, config.impl)
+            loss = 0.0
+            for part in losses:                                        # one for each micro-batch
                 part.backward()
-                loss, total_loss = loss + shown.item(), total_loss + part.item()
+                loss += part.item()
             norm = torch.nn.utils.clip_grad_norm_(params, 1.0).item()
-            if not math.isfinite(total_loss + norm):
+            if not math.isfinite(loss + norm):
                 raise Error(f"step {run['step']}: loss {loss}, gradient norm {norm}: start again with a "
                             f"lower --lr (now {config.lr:g}), or --dtype float32")
             for group in optimizer.param_groups:
@@ -711,8 +685,8 @@ def fit(model, embedder, config, *, out, tokens, words, q, on_step):
             run["seconds"] = earlier + time.time() - started
             run["real_tokens"] += sum(int(mask.sum()) for _, mask in batch)
             run["padded_tokens"] += sum(mask.numel() for _, mask in batch)
-            log.write(json.dumps({"step": run["step"], "loss": loss, "total_loss": total_loss,
-                                  "marginal_kl": trivial, "lr": group["lr"], "grad_norm": norm,
+            log.write(json.dumps({"step": run["step"], "loss": loss, "marginal_kl": trivial,
+                                  "lr": group["lr"], "grad_norm": norm,
                                   "seconds": round(run["seconds"], 1)}) + "\n")
             log.flush()
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
@@ -780,7 +754,7 @@ def train(config, targets=None, on_step=None):
     # ---- training, and what the texts of the corpus have in common
     if trains:
         model = make_trainable(model, config.lora_rank, config.seed)
-        facts = fit(model, embedder, config, out=out, tokens=tokens, words=words, q=q, on_step=on_step)
+        facts = fit(model, embedder, config, out=out, tokens=tokens, q=q, on_step=on_step)
         sample = [tokens[n] for n in epoch_permutation(config.seed, 0, len(tokens))[:SAMPLE]]
         h = embedder.pooled(sample)                                                                  # (n,C)
         embedder.W, embedder.mean = whitening_matrix(h), h.mean(0)                             # (C,C), (C,)

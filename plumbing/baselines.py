@@ -1,8 +1,8 @@
 """The baselines: what the loop of t2t.py minimises in place of its own loss. mntp, then simcse, is LLM2Vec's
 unsupervised recipe (arXiv 2404.05961).
 
-Generators of (loss to descend, loss to show), as t2t.target_loss is. batch: a list of (ids, mask) (b,T);
-read(ids, mask) -> x (b,T,C), h (b,C).
+Generators of losses, as t2t.target_loss is. batch: list of (ids, mask) (b,T); forward(ids, mask) -> x (b,T,C),
+h (b,C).
 """
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from plumbing.cli import Error
 
 
-def simcse(batch, read, model, dropout=0.3, temperature=0.05):
+def simcse(batch, forward, model, dropout=0.3, temperature=0.05):
     """Baseline: a text is nearest to itself. arXiv 2104.08821, with attention dropout as in arXiv 2404.05961:
 
         L = -mean_b log softmax_b'(cos(h_b, h'_b') / temperature)[b]      h, h': two readings, two dropouts
@@ -24,14 +24,14 @@ def simcse(batch, read, model, dropout=0.3, temperature=0.05):
                     f"{model.config.model_type}")
     for m in attention:
         m.attention_dropout, m.training = dropout, True
-    h, other = (F.normalize(torch.cat([read(*part)[1] for part in batch]), dim=1) for _ in range(2))  # (B,C)
+    h, other = (F.normalize(torch.cat([forward(*part)[1] for part in batch]), dim=1) for _ in range(2))  # (B,C)
     for m in attention:
         m.training = False
     L = F.cross_entropy(h @ other.T / temperature, torch.arange(len(h), device=h.device))
-    yield L, L.detach()
+    yield L
 
 
-def mntp(batch, read, H, tok, share=0.2):
+def mntp(batch, forward, H, tok, share=0.2):
     """Baseline: masked next-token prediction. Some tokens are replaced by `_`; the state *before* such a
     place, from which the pretrained model already predicts, tells what stood there. arXiv 2404.05961."""
     mask_id, device = tok("_", add_special_tokens=False)["input_ids"][-1], batch[0][0].device
@@ -40,9 +40,9 @@ def mntp(batch, read, H, tok, share=0.2):
               for ids, mask in batch]                                                           # (b,T) each
     n = sum(m[:, 1:].sum() for m in hidden).clamp_min(1)
     for (ids, mask), m in zip(batch, hidden):
-        x, b, t = read(ids.masked_fill(m, mask_id), mask)[0], *m[:, 1:].nonzero(as_tuple=True)
+        x, b, t = forward(ids.masked_fill(m, mask_id), mask)[0], *m[:, 1:].nonzero(as_tuple=True)
         L = F.cross_entropy(H(x[b, t]).float(), ids[b, t + 1], reduction="sum") / n
-        yield L, L.detach()
+        yield L
 
 
 def token_entropy(tokens, tok):

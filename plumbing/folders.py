@@ -231,7 +231,7 @@ def ours(config):
     data, model = config.method in ("data", "both"), config.method in ("model", "both")
     used = {"tf-idf weights": data, "first piece of a split word": data,
             "log p minus its mean over the corpus": model,
-            "measured scale in front of the head": data or model, "loss at single words": data or model,
+            "measured scale in front of the head": data or model,
             **dict.fromkeys(("half whitening", "frozen embedding", "every hyper-parameter"),
                             config.method != "none"),
             "sparse vectors": True}

@@ -63,7 +63,7 @@ def test_learning_rate_by_hand():
 
 # --------------------------------------------------------------------------------------------------- learning
 def test_it_learns_and_the_vocabulary_is_frozen(backbone, texts_file, tmp_path):
-    out = train(config(backbone, texts_file, tmp_path / "a", steps=600, lr=2e-2))
+    out = train(config(backbone, texts_file, tmp_path / "a", steps=1000, lr=2e-2))
     facts = json.loads((Path(out) / "t2t.json").read_text())
     assert np.mean([r["loss"] for r in log(out)[-30:]]) < facts["marginal_kl"] - 0.3    # above any constant
     before, after = weights(backbone), weights(out)
@@ -75,8 +75,8 @@ def test_it_learns_and_the_vocabulary_is_frozen(backbone, texts_file, tmp_path):
         lit = [t for t, _ in e.top_tokens([f"The {animal} sees the {animal} in the garden."], 5)[0]]
         assert animal in lit, lit
     lines = log(out)
-    assert [r["step"] for r in lines] == list(range(1, 601))
-    assert set(lines[0]) == {"step", "loss", "total_loss", "marginal_kl", "lr", "grad_norm", "seconds"}
+    assert [r["step"] for r in lines] == list(range(1, 1001))
+    assert set(lines[0]) == {"step", "loss", "marginal_kl", "lr", "grad_norm", "seconds"}
 
 
 def test_micro_batches_give_the_same_gradient(backbone, texts_file, tmp_path):
@@ -452,7 +452,7 @@ def test_a_full_disk_ends_in_one_line(backbone, texts_file, tmp_path, capsys, mo
 def test_out_of_memory_names_the_flag(backbone, texts_file, tmp_path, capsys, monkeypatch):
     def no_memory(*a, **k):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
-    monkeypatch.setattr(t2t, "linear_vocab_kl", no_memory)
+    monkeypatch.setattr(t2t, "vocab_kl", no_memory)
     assert "lower --micro-batch (now 8)" in fails(capsys, backbone=str(backbone), corpus=str(texts_file),
                                                   out=str(tmp_path / "o"), batch_size=4, top_k=4)
 
