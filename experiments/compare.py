@@ -9,7 +9,8 @@ share of the number of texts (the later one reads those of the first again). An 
 function of experiments/untrained.py. Every vector is scored raw and half whitened (t2t.whitening_matrix, from
 2,048 texts of the corpus), so no method wins by what could be done to all of them; tf-idf, of V dimensions,
 only raw. Test splits are scored with the settings that --tune found; it looks at validation splits only, and
-whitens as the checkpoint does. Runs are kept in --runs, the tables beside them; --publish puts them in results/.
+whitens as the checkpoint does. Runs are kept in --runs, the tables beside them; --publish puts them in
+results/.
 """
 import argparse
 import gzip
@@ -43,7 +44,7 @@ STS = ["STS12", "STS13", "STSBenchmark"]
 SPLITS = ["STSBenchmark validation", "Banking77 train", "SciFact train"]
 CONTRAST = dict(method="simcse", batch_size=128, lr=3e-5)
 PREDICT = dict(method="mntp", batch_size=64, lr=3e-4)
-TARGET = dict(method="data", batch_size=32)
+TARGET = dict(method="data", batch_size=32, lr=5e-4)
 MODEL = TARGET | dict(method="model")
 RUNS = {                                               # name -> for each stage what differs from t2t.Config
     "simcse": [CONTRAST],
@@ -201,13 +202,14 @@ def validation(data_dir):
     relevant = {}                                      # query -> its documents
     for r in rows("scifact/qrels/train.jsonl.gz"):
         relevant.setdefault(str(r["query-id"]), set()).add(str(r["corpus-id"]))
-    document = {r["_id"]: f"{r.get('title', '')} {r['text']}".strip() for r in rows("scifact/corpus.jsonl.gz")}
+    document = {r["_id"]: f"{r.get('title', '')} {r['text']}".strip()
+                for r in rows("scifact/corpus.jsonl.gz")}
     text = {r["_id"]: r["text"] for r in rows("scifact/queries.jsonl.gz")}
     rng = np.random.default_rng(0)
     queries = list(rng.permutation(sorted(relevant))[:200])
     found = set().union(*(relevant[q] for q in queries))
     documents = sorted(found) + list(rng.permutation(sorted(set(document) - found))[:300])
-    hit = np.array([[d in relevant[q] for d in documents] for q in queries], float)            # (queries,docs)
+    hit = np.array([[d in relevant[q] for d in documents] for q in queries], float)  # (queries,docs)
     discount = 1 / np.log2(np.arange(min(10, len(documents))) + 2)
 
     def scores(read):
@@ -244,9 +246,10 @@ def tune(a):
         print(name, seed, done[-1]["raw"], done[-1]["whitened"], flush=True)
         for stage in places(f"trial {name}", TRIALS[name], seed, a):
             shutil.rmtree(stage)
-    text = [f"Validation splits, {a.texts:,} texts of {Path(a.corpus).name}, up to {a.max_length} tokens, a run; "
-            "scores x 100, means over seeds", "",
-            f"| | seeds | {' | '.join(SPLITS)} | mean | of each seed | whitened: {' | '.join(SPLITS)} | mean |",
+    splits = " | ".join(SPLITS)
+    text = [f"Validation splits, {a.texts:,} texts of {Path(a.corpus).name}, up to {a.max_length} tokens, a "
+            "run; scores x 100, means over seeds", "",
+            f"| | seeds | {splits} | mean | of each seed | whitened: {splits} | mean |",
             "|---|---:|" + "---:|" * (2 * len(SPLITS) + 3)]
     for name in TRIALS:
         found = [d for d in done if d["name"] == name and d["settings"] == TRIALS[name]]

@@ -1,8 +1,8 @@
 """The baselines: what the loop of t2t.py minimises in place of its own loss. mntp, then simcse, is LLM2Vec's
 unsupervised recipe (arXiv 2404.05961).
 
-Generators of losses, as t2t.target_loss is. batch: list of (ids, mask) (b,T); forward(ids, mask) -> x (b,T,C),
-h (b,C).
+Generators of losses, as t2t.target_loss is. batch: list of (ids, mask) (b,T);
+forward(ids, mask) -> x (b,T,C), h (b,C).
 """
 import numpy as np
 import torch
@@ -24,7 +24,8 @@ def simcse(batch, forward, model, dropout=0.3, temperature=0.05):
                     f"{model.config.model_type}")
     for m in attention:
         m.attention_dropout, m.training = dropout, True
-    h, other = (F.normalize(torch.cat([forward(*part)[1] for part in batch]), dim=1) for _ in range(2))  # (B,C)
+    h, other = (F.normalize(torch.cat([forward(*part)[1] for part in batch]), dim=1)                 # (B,C)
+                for _ in range(2))
     for m in attention:
         m.training = False
     L = F.cross_entropy(h @ other.T / temperature, torch.arange(len(h), device=h.device))

@@ -128,7 +128,8 @@ def test_validation_by_hand(tmp_path):
     turn = lambda degrees: np.array([np.cos(np.radians(degrees)), np.sin(np.radians(degrees))])
     vector = {"zero": turn(0)} | {f"pair {d}": turn(d) for d in (10, 20, 30, 40)}
     write("stsbenchmark-sts/validation.jsonl.gz", [
-        {"sentence1": "zero", "sentence2": f"pair {d}", "score": s} for d, s in ((10, 3), (20, 4), (30, 2), (40, 1))])
+        {"sentence1": "zero", "sentence2": f"pair {d}", "score": s}
+        for d, s in ((10, 3), (20, 4), (30, 2), (40, 1))])
     bank = [{"text": f"bank {k} {n}", "label": k} for k in (0, 1) for n in range(12)]
     vector |= {r["text"]: turn(90 * r["label"] + int(r["text"].split()[2])) for r in bank}
     write("banking77/train.jsonl.gz", bank)
@@ -145,8 +146,9 @@ def test_trials_are_made_once(data, backbone, texts_file, tmp_path, monkeypatch,
     """Two trials, one of them in two stages, over two seeds; again, nothing is trained; the table's mean."""
     monkeypatch.setattr(compare, "validation", lambda _: lambda read: dict.fromkeys(
         compare.SPLITS, float(len(read(["a text"])))))
-    args = ["compare.py", "--data-dir", data, "--corpus", str(texts_file), "--backbone", str(backbone), "--tune",
-            "--seeds", "1", "2", "--runs", str(tmp_path), "--texts", "256", "--only", "data", "mntp, simcse"]
+    args = ["compare.py", "--data-dir", data, "--corpus", str(texts_file), "--backbone", str(backbone),
+            "--tune", "--seeds", "1", "2", "--runs", str(tmp_path), "--texts", "256",
+            "--only", "data", "mntp, simcse"]
     monkeypatch.setattr(sys, "argv", args)
     compare.main()
     made = json.loads((tmp_path / "trials-texts-256.json").read_text())
