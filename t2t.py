@@ -51,7 +51,7 @@ class Config:
     batch_size: int = setting(32, "texts a step", TRAINED, least=1)
     micro_batch: int = setting(8, "texts a pass (more if short)", (*TARGETS, "mntp"), least=1)
     steps: int = setting(100, "optimiser steps", TRAINED, least=1)
-    lr: float | None = setting(None, "peak rate (default 5e-4, simcse 3e-5, mntp 3e-4)", TRAINED, least=1e-12)
+    lr: float | None = setting(None, "peak rate (default 1e-3, simcse 3e-5, mntp 3e-4)", TRAINED, least=1e-12)
     lora_rank: int = setting(16, "of LoRA; 0: all weights learn but embedding and head", TRAINED, least=0)
     seed: int = setting(42, "of the order of texts and of every random number", TRAINED, least=0)
     device: str = setting("auto", "where to train", ALL, ["auto", "cpu", "cuda"])

@@ -44,7 +44,7 @@ STS = ["STS12", "STS13", "STSBenchmark"]
 SPLITS = ["STSBenchmark validation", "Banking77 train", "SciFact train"]
 CONTRAST = dict(method="simcse", batch_size=128, lr=3e-5)
 PREDICT = dict(method="mntp", batch_size=64, lr=3e-4)
-TARGET = dict(method="data", batch_size=32, lr=5e-4)
+TARGET = dict(method="data", batch_size=32, lr=1e-3)
 MODEL = TARGET | dict(method="model")
 RUNS = {                                               # name -> for each stage what differs from t2t.Config
     "simcse": [CONTRAST],
@@ -59,11 +59,11 @@ RUNS = {                                               # name -> for each stage 
 }
 TRIALS = {                                             # the best of each method stands above
     **RUNS,
-    **{f"data, rate {lr:g}": [TARGET | dict(lr=lr)] for lr in (2e-4, 1e-3)},
+    **{f"data, rate {lr:g}": [TARGET | dict(lr=lr)] for lr in (5e-4, 2e-3)},
     **{f"data, K {K}": [TARGET | dict(top_k=K)] for K in (16, 256)},
     **{f"data, temperature {t:g}": [TARGET | dict(temperature=t)] for t in (0.5, 2)},
     **{f"data, rank {r}": [TARGET | dict(lora_rank=r)] for r in (4, 64)},
-    **{f"model, rate {lr:g}": [MODEL | dict(lr=lr)] for lr in (2e-4, 1e-3)},
+    **{f"model, rate {lr:g}": [MODEL | dict(lr=lr)] for lr in (5e-4, 2e-3)},
     **{f"simcse, rate {lr:g}": [CONTRAST | dict(lr=lr)] for lr in (1e-4, 3e-4)},
     **{f"mntp, simcse, rate {lr:g}": [PREDICT | dict(lr=lr), CONTRAST] for lr in (1e-4, 1e-3)},
 }
