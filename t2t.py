@@ -245,7 +245,7 @@ def pad(ids, pad_id, device="cpu"):
 
 # ------------------------------------------------------------------------------------------------- 3. targets
 class Targets(NamedTuple):
-    """The targets q of the n texts that training reads, memory-mapped. A row sums to 1, or to 0: no words."""
+    """The targets q of n texts: those that training uses. A row sums to 1; without a word in the text, to 0."""
     texts: np.ndarray       # (n,) int64     their numbers in the corpus, sorted
     indices: np.ndarray     # (n,K) int32    -1 is padding
     probs: np.ndarray       # (n,K) float32
@@ -375,18 +375,18 @@ def build_targets(config, tokens, words, model, tok, target_fn=None):
         np.save(folder / "marginal_kl.npy",
                 negative_entropy / valid - (mean * np.log(np.maximum(mean, 1e-30))).sum())
 
-    def read(folder, mmap_mode="r"):
+    def load(folder, mmap_mode="r"):
         arrays = (np.load(folder / f"{name}.npy", mmap_mode) for name in ("indices", "probs"))
         return Targets(texts, *arrays, float(np.load(folder / "marginal_kl.npy")))
 
     if target_fn:                                     # not kept: its name does not tell what it computes
         with tempfile.TemporaryDirectory() as folder:
             write(Path(folder))
-            return read(Path(folder), None)
+            return load(Path(folder), None)
     made_by = source_hash(STOP, PROMPT, is_unspaced, read_vocabulary, find_words, document_frequency,
                           coalesce, data_targets, predict, model_targets, method_targets, build_targets)
     of_model = config.method != "data" and [str(model.dtype), identity_of(config.backbone), config.seed]
-    return read(cached("targets", hash_of(made_by, tokens.folder.name, config.method, K, config.temperature,
+    return load(cached("targets", hash_of(made_by, tokens.folder.name, config.method, K, config.temperature,
                                           texts.tolist(), of_model), write))
 
 
@@ -528,9 +528,12 @@ class Embedder:
 
     def top_tokens(self, texts, k=10):
         """list of N str -> for each the k tokens it lights up, [(token, probability)]; variants are one."""
-        p = F.softmax(self.logits(self.pooled(self.token_ids(texts))), -1)                          # (N,V)
-        p, i = torch.zeros_like(p).index_add_(1, self.variants, p).topk(k, 1)
-        return [[(self.name(v), w) for v, w in zip(*row)] for row in zip(i.tolist(), p.tolist())]
+        lit = []
+        for h in self.pooled(self.token_ids(texts)).split(256):        # (b,C); all N rows of V would be large
+            p = F.softmax(self.logits(h), -1)                                                        # (b,V)
+            p, i = torch.zeros_like(p).index_add_(1, self.variants, p).topk(k, 1)                    # (b,k)
+            lit += [[(self.name(v), w) for v, w in zip(*row)] for row in zip(i.tolist(), p.tolist())]
+        return lit
 
     def name(self, v):
         return self.words.text[v] or repr(self.tok.decode([v]))            # a space would show as nothing

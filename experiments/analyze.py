@@ -15,6 +15,7 @@ which an untrained model lights up for every text: `key` asks the same of the wo
 """
 import argparse
 import json
+import shutil
 import sys
 from itertools import islice
 from pathlib import Path
@@ -172,19 +173,21 @@ def draw(path, facts, text, before, after):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    fig, (one, two, right) = plt.subplots(1, 3, figsize=(12, 4), layout="constrained",
-                                          width_ratios=(1, 1, 1.6))
-    for axis, row, name, colour in (one, before, "before", "tab:gray"), (two, after, "after", "tab:green"):
+    fig, (one, two, right) = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained",
+                                          width_ratios=(1, 1, 1.3))
+    looks = {"before": ("before training", "tab:gray"), "after": ("after training", "tab:green")}
+    for axis, row, (name, colour) in zip((one, two), (before, after), looks.values()):
         axis.barh([token for token, _ in row][::-1], [100 * p for _, p in row][::-1], color=colour)
         axis.set(title=name, xlabel="probability (%)")
-    fig.suptitle(f"Tokens that “{text}” lights up")
-    for name, colour in {"before": "tab:gray", "start": "tab:purple", "after": "tab:green"}.items():
-        right.loglog(range(1, len(facts[name]["spectrum"]) + 1), facts[name]["spectrum"], color=colour,
-                     label=f"{name}: {100 * facts[name]['key']:.0f} % of key words lit, first direction "
-                           f"{100 * facts[name]['spectrum'][0]:.0f} %")
-    right.set(xlabel="principal direction", ylabel="share of the energy", title="Spectrum of the embeddings")
-    right.legend(fontsize=8)
-    fig.savefig(path.with_suffix(".new.png"), dpi=130)
+    fig.suptitle(f"Tokens that “{text}” lights up, and how many directions {facts['texts']:,} vectors use")
+    for stage, (name, colour) in looks.items():
+        share = facts[stage]["spectrum"]
+        right.loglog(range(1, len(share) + 1), share, color=colour, label=name)
+        right.annotate(f"the first has {100 * share[0]:.0f} %", (1, share[0]), (1.6, share[0]), color=colour,
+                       va="center", arrowprops={"arrowstyle": "-", "color": colour})
+    right.set(xlabel="direction, from largest to smallest", ylabel="share of the energy", ylim=(1e-5, 2))
+    right.legend()
+    fig.savefig(path.with_suffix(".new.png"), dpi=110)
     path.with_suffix(".new.png").rename(path)
 
 
@@ -259,10 +262,13 @@ def main(argv):
     p.add_argument("ckpt", metavar="CKPT", help="folder that t2t.py wrote")
     p.add_argument("texts", metavar="TEXT", nargs="*", help="texts to show (default: four examples)")
     p.add_argument("--corpus", help="texts to measure on (default: those of the checkpoint)")
+    p.add_argument("--publish", action="store_true", help="copy the picture to results/, for README")
     p.error = lambda message: (print(f"analyze.py: error: {message}", file=sys.stderr), sys.exit(2))
     a = p.parse_args(argv)
     try:
-            analyze(a.ckpt, a.texts or t2t.EXAMPLES, a.corpus)
+        analyze(a.ckpt, a.texts or t2t.EXAMPLES, a.corpus)
+        if a.publish:
+            shutil.copy(Path(a.ckpt, "analysis.png"), Path(__file__).parent.parent / "results")
     except Error as e:
         p.error(str(e))
     except OSError as e:
