@@ -78,6 +78,7 @@ import json
 import math
 import tempfile
 import time
+import unicodedata
 from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
@@ -126,6 +127,10 @@ class Words(NamedTuple):
     text: list                     # (V,) str    the token as people read it
 
 
+def is_letter(c):
+    return unicodedata.category(c)[0] in "LM"        # M: marks, the vowels of Hindi or an accent of its own
+
+
 def read_vocabulary(tok, V):
     """tokenizer, size of the embedding -> Words. PAPER: targets are meaningful tokens. OURS: which these are.
 
@@ -135,20 +140,22 @@ def read_vocabulary(tok, V):
     canonical_id, is_continuation, ends_in_letter, has_space = np.full(V, -1), *np.zeros((3, V), bool)
     text, forms = [""] * V, {}
     raw = tok.convert_ids_to_tokens(list(range(min(V, len(tok)))))    # V may be padded beyond the tokenizer
-    special = set(tok.all_special_ids)
+    special, added = set(tok.all_special_ids), set(tok.get_added_vocab().values())
     for v, token in enumerate(raw):
         if not token or v in special or (token[0] == "<" and token[-1] == ">"):
             continue
         s = tok.convert_tokens_to_string([token])
-        s = " " + s.lstrip() if token[0] in "\u2581\u0120" else s  # a space in front, which decoding may drop
+        # a space in front, which decoding may drop; words that a user adds have none, and are whole words
+        s = " " + s.lstrip() if token[0] in "\u2581\u0120" or v in added else s
         word = s.strip()
         if not word:
             continue
-        text[v], has_space[v], ends_in_letter[v] = word, s[0].isspace(), s[-1].isalpha()
-        is_continuation[v] = word[0].isalpha() and not has_space[v] and not is_unspaced(word[0])
+        text[v], has_space[v], ends_in_letter[v] = word, s[0].isspace(), is_letter(s[-1])
+        is_continuation[v] = is_letter(word[0]) and not has_space[v] and not is_unspaced(word[0])
+        form = unicodedata.normalize("NFC", word.lower())
         has_case = word[0].lower() != word[0].upper()                # a single letter of Chinese is a word
-        if word.isalpha() and word.lower() not in STOP and (len(word) > 1 or not has_case):
-            forms.setdefault(word.lower(), []).append(v)
+        if all(map(is_letter, word)) and form not in STOP and (len(form) > 1 or not has_case):
+            forms.setdefault(form, []).append(v)
     for word, ids in forms.items():
         best = min(ids, key=lambda v: (not has_space[v], text[v] != word, v))
         if not is_continuation[best]:
@@ -245,7 +252,7 @@ def pad(ids, pad_id, device="cpu"):
 
 # ------------------------------------------------------------------------------------------------- 3. targets
 class Targets(NamedTuple):
-    """The targets q of n texts: those that training uses. A row sums to 1; without a word in the text, to 0."""
+    """The targets q of the n texts that training uses. A row sums to 1, or to 0 where a text has no word."""
     texts: np.ndarray       # (n,) int64     their numbers in the corpus, sorted
     indices: np.ndarray     # (n,K) int32    -1 is padding
     probs: np.ndarray       # (n,K) float32
@@ -324,6 +331,9 @@ def method_targets(config, tokens, words, model, tok):
     K, temperature, V = config.top_k, config.temperature, len(words.canonical_id)
     if K > V:
         raise Error(f"--top-k: expected at most the size of the vocabulary, {V}, got {K}")
+    if (words.canonical_id < 0).all():
+        raise Error("--backbone: expected a tokenizer that marks the beginning of a word by a space, got "
+                    f"{type(tok).__name__} of {config.backbone}, in which no token is a whole word")
     if config.method in ("data", "both"):
         idf = np.log(len(tokens) / np.maximum(1, document_frequency(tokens, words)))
     if config.method in ("model", "both"):
@@ -383,8 +393,9 @@ def build_targets(config, tokens, words, model, tok, target_fn=None):
         with tempfile.TemporaryDirectory() as folder:
             write(Path(folder))
             return load(Path(folder), None)
-    made_by = source_hash(STOP, PROMPT, is_unspaced, read_vocabulary, find_words, document_frequency,
-                          coalesce, data_targets, predict, model_targets, method_targets, build_targets)
+    made_by = source_hash(STOP, PROMPT, is_unspaced, is_letter, read_vocabulary, find_words,
+                          document_frequency, coalesce, data_targets, predict, model_targets, method_targets,
+                          build_targets)
     of_model = config.method != "data" and [str(model.dtype), identity_of(config.backbone), config.seed]
     return load(cached("targets", hash_of(made_by, tokens.folder.name, config.method, K, config.temperature,
                                           texts.tolist(), of_model), write))

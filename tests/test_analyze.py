@@ -94,7 +94,7 @@ def test_wordnet_knows_its_neighbours():
 
 # ------------------------------------------------------------------------------------------------- the page
 def test_page_and_picture(backbone, texts_file, tmp_path):
-    out = Path(t2t.train(config(backbone, texts_file, tmp_path / "ckpt", steps=400, lr=1e-2)))
+    out = Path(t2t.train(config(backbone, texts_file, tmp_path / "ckpt", steps=1000, lr=2e-2)))
     command = [sys.executable, "experiments/analyze.py", str(out), "The wolf sees the goat."]
     run = subprocess.run(command, cwd=ROOT,
                          capture_output=True, text=True)

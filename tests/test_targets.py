@@ -1,15 +1,19 @@
 """What counts as a word, and the targets made from them: worked by hand, and their invariants."""
 import math
+import unicodedata
 
 import numpy as np
 import pytest
 import torch
+from tokenizers import ByteLevelBPETokenizer, SentencePieceBPETokenizer
 from torch.testing import assert_close
+from transformers import PreTrainedTokenizerFast
 
 import t2t
 from plumbing.cli import Error
 from plumbing.corpus import Tokens, tokenize_corpus
-from t2t import Config, build_targets, data_targets, document_frequency, find_words, read_vocabulary
+from t2t import (
+    Config, build_targets, data_targets, document_frequency, find_words, method_targets, read_vocabulary)
 
 
 class FakeTokenizer:
@@ -21,6 +25,9 @@ class FakeTokenizer:
 
     def __len__(self):
         return len(self.tokens)
+
+    def get_added_vocab(self):
+        return {"<s>": 0}
 
     def convert_ids_to_tokens(self, ids):
         return [self.tokens[i] for i in ids]
@@ -54,6 +61,43 @@ def test_scripts_without_case():
     assert words.canonical_id.tolist() == [-1, 1, 3, 3, 4]
     assert words.is_continuation.nonzero()[0].tolist() == [2]
     assert find_words(words, np.array([1, 2, 4, 4, 3]), [5])[1].tolist() == [1, 4, 4, 3]
+
+
+def trained(kind, text):
+    tok = kind()
+    tok.train_from_iterator([text] * 50, vocab_size=1000, min_frequency=1, special_tokens=["<s>"])
+    return PreTrainedTokenizerFast(tokenizer_object=tok._tokenizer, bos_token="<s>")
+
+
+@pytest.mark.parametrize("sentence", [
+    "\u092f\u0939 \u0926\u093f\u0932\u094d\u0932\u0940 \u0915\u0940 "
+    "\u092a\u0941\u0930\u093e\u0928\u0940 \u0915\u093f\u0924\u093e\u092c \u0939\u0948",    # Hindi
+    "caf\u00e9 cafe\u0301 na\u0308her n\u00e4her", "Dogs chase cats"])
+def test_a_word_has_letters_and_marks(sentence):
+    """Each word of the sentence is one token, and one word, composed or not (which is the same word)."""
+    tok = trained(SentencePieceBPETokenizer, sentence)
+    words, wanted = read_vocabulary(tok, len(tok)), sentence.split()
+    ids = np.array(tok(sentence, add_special_tokens=False)["input_ids"])
+    assert len(ids) == len(wanted)
+    found = find_words(words, ids, [len(ids)])[1]
+    assert len(found) == len(wanted)
+    assert len(set(found)) == len({unicodedata.normalize("NFC", w) for w in wanted})
+
+
+def test_a_word_that_a_user_adds_is_a_word():
+    tok = trained(ByteLevelBPETokenizer, " doctors gave the patients a new drug")
+    tok.add_tokens(["remdesivir"])
+    words = read_vocabulary(tok, len(tok))
+    ids = np.array(tok(" doctors gave patients remdesivir", add_special_tokens=False)["input_ids"])
+    found = find_words(words, ids, [len(ids)])[1]
+    assert [words.text[v] for v in found] == ["doctors", "gave", "patients", "remdesivir"]
+
+
+def test_a_tokenizer_without_spaces_is_named():
+    """Pieces of WordPiece: a beginning has no mark, so nothing is a whole word."""
+    words = read_vocabulary(FakeTokenizer(["<s>", "dog", "##s", "house"], "\u0120"), 4)
+    with pytest.raises(Error, match="--backbone: expected a tokenizer that marks .* FakeTokenizer"):
+        method_targets(Config(top_k=2), [], words, None, FakeTokenizer([], ""))
 
 
 def test_split_words_count_once():
