@@ -9,27 +9,28 @@ lights up the tokens that the text is about (gives them probability). Text2Token
 
     x = f(ids)                              f: the backbone without its head, x_t a state for each token
     h = mean_t x_t                          one vector for the text
-    z = head(s h)                           the backbone's own head, frozen; s is measured once
+    z = head(s h)                           the backbone's own head, frozen (H in code); s is measured once
     L = mean_b KL(q_b || softmax(z_b))      q_b: the few tokens, with weights, that text b should light up
     e = h W / |h W|                         what encode returns; W: whitening_matrix, made after training
 
-    B texts   T tokens   C hidden width   V vocabulary   K sparse targets a text   (N: all rows, or all texts)
+    B texts   T tokens   C width   V vocabulary   K target tokens per text   N all texts   n, b, k: some
 
 After the settings come six parts, each built on those above it: words, network, targets, loss, embedder,
-training. PAPER: marks what the abstract of arXiv 2510.10224 states. OURS: marks a choice made here; the
-paper's equations, hyper-parameters and code could not be read. plumbing/ reads and writes files.
+training. PAPER: marks what the abstract of arXiv 2510.10224 states, OURS: a choice made here, as the form of
+the equations above: only the abstract could be read. plumbing/ holds files, checks and the baselines' losses.
 """
 from dataclasses import asdict, dataclass, field
 
 from plumbing.cli import Error, checked, command_line, parse, run_command
 
 # ------------------------------------------------------------------------------------------------ 0. settings
-TARGETS, TRAINED = ("data", "model", "both"), ("data", "model", "both", "simcse", "mntp")
-ALL = (*TRAINED, "none")                 # methods: those with token targets, those that train, all
+TARGETS = ("data", "model", "both")      # methods with token targets
+TRAINED = (*TARGETS, "simcse", "mntp")   # methods that train
+ALL = (*TRAINED, "none")
 
 
 def setting(default, doc, methods=ALL, choices=None, least=None):
-    """A field of Config, and the methods that use it: where another is asked for, the flag is refused."""
+    """A field of Config, and the methods that use it: with another method, the flag is refused."""
     return field(default=default, metadata=dict(doc=doc, methods=methods, choices=choices, least=least))
 
 
@@ -38,35 +39,35 @@ class Config:
     """Every setting of a run. The command line is made from these fields: a default stands in one place.
     `lr` None and every "auto" are replaced by real values once, in `settle`, before anything is used."""
     backbone: str = setting("smollm2", "causal language model: smollm2, a folder, a .gguf file, a hub id")
-    method: str = setting("data", "targets: words of the text, of the model, both; or a baseline", ALL, ALL)
+    method: str = setting("data", "targets: words of the text, of the model, both; a baseline", ALL, ALL)
     corpus: str = setting("docstrings", ".txt, .jsonl[.gz], .parquet, a folder, hub:NAME[:COLUMN]", TRAINED)
     out: str = setting("ckpt", "folder for the finished checkpoint")
     init: str | None = setting(None, "start from this checkpoint's weights (a second stage)", TRAINED)
     pooling: str = setting("mean", "how the states of a text become one vector", ALL, ["mean", "last"])
-    prompt: str = setting("", "put before queries of retrieval (encode_query), not in training")
+    prompt: str = setting("", "for SentenceTransformer.encode_query, not in training")
     attention: str = setting("bidirectional", "what a token may look at", ALL, ["bidirectional", "causal"])
-    top_k: int = setting(64, "K, target tokens a text", TARGETS, least=1)
+    top_k: int = setting(64, "K, target tokens per text", TARGETS, least=1)
     temperature: float = setting(1.0, "of the targets; a lower one makes them sharper", TARGETS, least=1e-6)
-    max_length: int = setting(64, "tokens of a text in training; the checkpoint reads up to 256", least=1)
-    batch_size: int = setting(32, "texts a step", TRAINED, least=1)
-    micro_batch: int = setting(8, "texts a pass (more if short)", (*TARGETS, "mntp"), least=1)
+    max_length: int = setting(64, "tokens per text in training; in use 256, if the model can", least=1)
+    batch_size: int = setting(32, "texts per step", TRAINED, least=1)
+    micro_batch: int = setting(8, "texts per forward pass (more if short)", (*TARGETS, "mntp"), least=1)
     steps: int = setting(100, "optimiser steps", TRAINED, least=1)
     lr: float | None = setting(None, "peak rate (default 1e-3, simcse 3e-5, mntp 3e-4)", TRAINED, least=1e-12)
-    lora_rank: int = setting(16, "of LoRA; 0: all weights learn but embedding and head", TRAINED, least=0)
+    lora_rank: int = setting(16, "of LoRA; 0: all weights learn, except embedding and head", TRAINED, least=0)
     seed: int = setting(42, "of the order of texts and of every random number", TRAINED, least=0)
     device: str = setting("auto", "where to train", ALL, ["auto", "cpu", "cuda"])
     dtype: str = setting("auto", "of arithmetic; auto: bfloat16 where the processor computes it", ALL,
                          ["auto", "float32", "bfloat16"])
     impl: str = setting("auto", "of the loss; ext: csrc/, compiled; auto: ext if build_ext.py has built it",
                         TARGETS, ["auto", "torch", "ext"])
-    save_every: int = setting(50, "steps between the states that --resume goes on from", TRAINED, least=1)
+    save_every: int = setting(50, "steps between savings, from which --resume goes on", TRAINED, least=1)
     resume: bool = setting(False, "go on with the interrupted run in --out, if there is one", TRAINED)
     overwrite: bool = setting(False, "replace what --out holds")
     show_targets: int = setting(0, "print this many texts with their targets, and exit", TARGETS, least=0)
 
 
 BUCKET = 16          # OURS: batches whose texts are sorted by length together: see bucketed_batch
-SAMPLE = 512         # OURS: texts by which means over the corpus, and W, are estimated
+SAMPLE = 512         # OURS: texts from which averages over the corpus, and W, are estimated
 EXAMPLES = ["A dog runs after a ball in the park.", "The bank raised its interest rates again.",
             "How do I reset my password?", "She plays the violin in a small orchestra."]
 
@@ -94,14 +95,15 @@ from tqdm import tqdm
 
 from build_ext import compiled
 from plumbing import folders
-from plumbing.arguments import check_targets, scatter_targets, settle  # noqa: F401
-from plumbing.backbones import check_head, identity_of, origin, read_backbone, usable_length
+from plumbing.arguments import check_targets, scatter_targets, settle  # noqa: F401 (re-exported)
+from plumbing.backbones import check_head, fetched, identity_of, origin, read_backbone, usable_length
 from plumbing.baselines import mntp, simcse, token_entropy
 from plumbing.cache import cached, hash_of, source_hash
-from plumbing.corpus import blocks, is_unspaced, tokenize, tokenize_corpus
+from plumbing.corpus import blocks, is_unspaced, tokenize, tokenize_corpus, tokenizer_hash
 
 # --------------------------------------------------------------------------------------------------- 1. words
-# tokenize_corpus turns the corpus into ids, on disk: tokens[n] is text n, (T,). Which tokens are words?
+# tokenize_corpus turns the corpus into ids, on disk: tokens[n] is text n, (T,). tokens.ids holds all ids, one
+# text after the other; text n begins at tokens.start[n] and has tokens.lengths[n]. Which tokens are words?
 
 # OURS: words that carry grammar, not content. Everything subtler is left to idf, which knows the corpus.
 STOP = frozenset("""
@@ -128,7 +130,7 @@ class Words(NamedTuple):
 
 
 def is_letter(c):
-    return unicodedata.category(c)[0] in "LM"        # M: marks, the vowels of Hindi or an accent of its own
+    return unicodedata.category(c)[0] in "LM"        # M: marks, such as vowels of Hindi, combining accents
 
 
 def read_vocabulary(tok, V):
@@ -145,15 +147,16 @@ def read_vocabulary(tok, V):
         if not token or v in special or (token[0] == "<" and token[-1] == ">"):
             continue
         s = tok.convert_tokens_to_string([token])
-        # a space in front, which decoding may drop; words that a user adds have none, and are whole words
-        s = " " + s.lstrip() if token[0] in "\u2581\u0120" or v in added else s
+        # U+2581 and U+0120 mark a space in front, which decoding may drop; an added token is a whole word
+        if token[0] in "\u2581\u0120" or v in added:
+            s = " " + s.lstrip()
         word = s.strip()
         if not word:
             continue
         text[v], has_space[v], ends_in_letter[v] = word, s[0].isspace(), is_letter(s[-1])
         is_continuation[v] = is_letter(word[0]) and not has_space[v] and not is_unspaced(word[0])
         form = unicodedata.normalize("NFC", word.lower())
-        has_case = word[0].lower() != word[0].upper()                # a single letter of Chinese is a word
+        has_case = word[0].lower() != word[0].upper()                # without, as in Chinese, a letter can be
         if all(map(is_letter, word)) and form not in STOP and (len(form) > 1 or not has_case):
             forms.setdefault(form, []).append(v)
     for word, ids in forms.items():
@@ -167,8 +170,9 @@ def find_words(words, ids, lengths):
     """ids (total,) of n texts one after the other, their lengths (n,) -> text number and canonical id of each
     word, in order.
 
-    OURS: a word that the tokenizer splits is credited through its first piece, " dys" for dyslexia; no credit
-    at all cost a prototype 6 points of STS. Later pieces get none: "able" in comfort|able is not able."""
+    OURS: a word that the tokenizer splits counts as its first piece, " dys" for dyslexia (unless that is a
+    stop word or a letter); without, a prototype lost 6 points of STS. Later pieces do not count: "able" in
+    comfort|able is not able."""
     text = np.repeat(np.arange(len(lengths)), lengths)                                            # (total,)
     inside = np.zeros(len(ids), bool)
     inside[1:] = (words.is_continuation[ids[1:]] & words.ends_in_letter[ids[:-1]] & (text[1:] == text[:-1]))
@@ -188,26 +192,22 @@ def document_frequency(tokens, words):
 
 @functools.lru_cache(2)
 def epoch_permutation(seed, epoch, N):
-    """The order in which an epoch reads the N texts; a sample of them is its beginning."""
+    """The order in which an epoch reads the N texts. Its first n are a random sample of them."""
     return np.random.default_rng((seed, epoch)).permutation(N)
 
 
 # ------------------------------------------------------------------------------------------------- 2. network
 class Head(NamedTuple):
-    """z = softcap * tanh(scale * (h U' + bias) / softcap), as the model applies it; U: the weight."""
+    """z = softcap * tanh(logit_scale * (x U^T + bias) / softcap), as the model does; U: the weight."""
     weight: torch.Tensor                    # (V,C)
     bias: torch.Tensor | None               # (V,)
-    scale: float = 1.0                      # Cohere, Granite
+    logit_scale: float = 1.0                # Cohere, Granite
     softcap: float | None = None            # Gemma 2
 
-    def __call__(self, h):                  # (...,C) -> (...,V)
-        z = F.linear(h.to(self.weight.dtype), self.weight, self.bias)
-        return scale_and_cap(z, self.scale, self.softcap)
-
-
-def scale_and_cap(z, scale, softcap):
-    z = z * scale if scale != 1 else z
-    return softcap * torch.tanh(z / softcap) if softcap else z
+    def __call__(self, x):                  # (...,C) -> (...,V)
+        z = F.linear(x.to(self.weight.dtype), self.weight, self.bias)
+        z = z * self.logit_scale if self.logit_scale != 1 else z
+        return self.softcap * torch.tanh(z / self.softcap) if self.softcap else z
 
 
 def head(model):
@@ -219,7 +219,7 @@ def head(model):
 
 
 def load_backbone(name, attention, dtype=torch.float32, option="--backbone"):
-    """-> (causal language model, tokenizer), whose attention is the one asked for and whose head is ours."""
+    """-> (causal language model, tokenizer), with this attention; checked: its logits are those of Head."""
     model, tok = read_backbone(name, attention, dtype, option)
     check_head(model, head(model), option)
     return model, tok
@@ -227,7 +227,7 @@ def load_backbone(name, attention, dtype=torch.float32, option="--backbone"):
 
 def hidden_states(model, ids, mask):
     """ids (B,T), mask (B,T) -> x (B,T,C): what the model hands to its head."""
-    plain = ids.device.type == "cpu" and torch.is_grad_enabled()   # 19 texts/s; torch's fused kernel: 13
+    plain = ids.device.type == "cpu" and torch.is_grad_enabled()   # trains 19 texts/s; torch's fused: 13
     with sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():
         return model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
 
@@ -285,16 +285,16 @@ def data_targets(ids, words, idf, K, temperature):
     return indices, probs
 
 
-PROMPT = 'This text: "{}" means in one word: "'      # OURS, in the manner of PromptEOL (arXiv 2307.16645)
+ONE_WORD = 'This text: "{}" means in one word: "'      # OURS, in the manner of PromptEOL (arXiv 2307.16645)
 
 
 @torch.no_grad()
 def predict(ids, model, tok):
     """list of n id arrays -> log p (n,V): what the frozen causal backbone says when asked for one word."""
-    before, after = PROMPT.split("{}")
+    before, after = ONE_WORD.split("{}")
     before, after = tok(before)["input_ids"], tok(after, add_special_tokens=False)["input_ids"]
     special, H = set(tok.all_special_ids), head(model)
-    rows = [before + [i for i in text.tolist() if i not in special] + after for text in ids]
+    rows = [before + [i for i in row.tolist() if i not in special] + after for row in ids]
     out = torch.empty(len(rows), len(H.weight))
     for part in blocks(sorted(range(len(rows)), key=lambda n: len(rows[n])), 32):          # of like lengths
         some, mask = pad([rows[n] for n in part], tok.pad_token_id, model.device)
@@ -304,8 +304,8 @@ def predict(ids, model, tok):
 
 
 def model_targets(log_p, usual, words, K, temperature):
-    """log p (n,V), usual (V,) its mean over texts -> indices (n,K), probs (n,K): the words that the backbone
-    predicts for this text and not for texts in general.
+    """log p (n,V), usual (V,) the mean of log p over the corpus -> indices (n,K), probs (n,K): the words that
+    the backbone predicts for this text and not for texts in general. They may stand in the text.
 
         r_b(v) = log p(v | b) - mean_b' log p(v | b'),      q_b = softmax of the K largest r_b / temperature
 
@@ -358,20 +358,22 @@ def build_targets(config, tokens, words, model, tok, target_fn=None):
     """-> Targets, made once and kept on disk. `model` is the backbone, frozen and causal; target_fn: an
     experiment's own function, list of n id arrays -> indices (n,k), probs (n,k)."""
     N, V, K = len(tokens), len(words.canonical_id), config.top_k
-    n = math.ceil(config.steps / BUCKET) * BUCKET * config.batch_size        # whole buckets: bucketed_batch
+    # bucketed_batch shuffles the texts of whole buckets
+    n = math.ceil(config.steps / BUCKET) * BUCKET * config.batch_size
     texts = np.sort(epoch_permutation(config.seed, 0, N)[:n])
 
     def write(folder):
-        from_ids = target_fn or method_targets(config, tokens, words, model, tok)
+        make = target_fn or method_targets(config, tokens, words, model, tok)
         indices = np.lib.format.open_memmap(folder / "indices.npy", "w+", np.int32, (len(texts), K))
         probs = np.lib.format.open_memmap(folder / "probs.npy", "w+", np.float32, (len(texts), K))
         indices[:], probs[:] = -1, 0
         mean, negative_entropy, valid = np.zeros(V), 0.0, 0
         with tqdm(total=len(texts), desc="targets", unit=" texts") as bar:
             for rows in blocks(range(len(texts)), 256):
-                i, p = from_ids([tokens[t] for t in texts[rows]])                                    # (n,k)
+                i, p = make([tokens[t] for t in texts[rows]])                                        # (n,k)
                 if i.shape[1] > K:
                     raise Error(f"targets: expected at most top_k = {K} tokens a text, got {i.shape[1]}")
+                i = np.where(p > 0, i, -1)                             # a row counts if it has an index
                 indices[rows, :i.shape[1]], probs[rows, :i.shape[1]] = i, p
                 mean += np.bincount(i[i >= 0], p[i >= 0], V)
                 negative_entropy += (p * np.log(np.maximum(p, 1e-30))).sum(dtype=np.float64)
@@ -393,10 +395,10 @@ def build_targets(config, tokens, words, model, tok, target_fn=None):
         with tempfile.TemporaryDirectory() as folder:
             write(Path(folder))
             return load(Path(folder), None)
-    made_by = source_hash(STOP, PROMPT, is_unspaced, is_letter, read_vocabulary, find_words,
-                          document_frequency, coalesce, data_targets, predict, model_targets, method_targets,
-                          build_targets)
-    of_model = config.method != "data" and [str(model.dtype), identity_of(config.backbone), config.seed]
+    made_by = source_hash(STOP, ONE_WORD, str(SAMPLE), is_unspaced, is_letter, read_vocabulary, find_words,
+                          document_frequency, epoch_permutation.__wrapped__, Head, head, hidden_states, pool,
+                          coalesce, data_targets, predict, model_targets, method_targets, build_targets)
+    of_model = config.method != "data" and (str(model.dtype), identity_of(config.backbone), config.seed)
     return load(cached("targets", hash_of(made_by, tokens.folder.name, config.method, K, config.temperature,
                                           texts.tolist(), of_model), write))
 
@@ -411,20 +413,20 @@ def show_targets(config, tokens, words, tok, target_fn):
 
 
 # ---------------------------------------------------------------------------------------------------- 4. loss
-# Each operation: a few lines of torch, which specify it, and a kernel in csrc/ as fast as memory allows.
+# Each operation: a few lines of torch, which specify it, and a kernel in csrc/.
 REDUCTIONS = ["none", "mean", "sum"]
 
 
 def vocab_kl(logits, indices, probs, reduction="mean", impl="auto", inplace=False, check=None):
     """KL divergence of sparse targets from softmax(logits), in nats:
 
-        L_n = sum_k p_nk (log p_nk - log softmax(x_n)[i_nk])
+        L_n = sum_k p_nk (log p_nk - log softmax(x_n)[i_nk])          x: logits, i: indices, p: probs
 
     logits (N,V), indices (N,K) int, probs (N,K) -> () for "mean" and "sum", (N,) for "none". Index -1 is
     padding; duplicates add up; p need not sum to 1. A row without a target gives 0 and is not in the mean.
     `check` validates the values of indices and probs (default: on a CPU; on a GPU this would force a
-    synchronisation). `inplace` lets the compiled kernel write the gradient over logits, if they are not
-    a leaf; torch ignores it. ValueError on wrong arguments."""
+    synchronisation). `inplace`: the compiled kernel may write the gradient over logits, which must not be
+    a leaf that requires grad. ValueError on wrong arguments."""
     check_targets("logits", logits, logits.shape[-1], indices, probs, reduction, impl, check)
     if inplace and logits.is_leaf and logits.requires_grad and torch.is_grad_enabled():
         raise ValueError("vocab_kl: logits: expected the result of an operation for inplace=True, got a leaf "
@@ -435,7 +437,7 @@ def vocab_kl(logits, indices, probs, reduction="mean", impl="auto", inplace=Fals
     i, p = coalesce(indices, probs)
     x = logits if logits.dtype == torch.float64 else logits.float()
     p = p.to(x.dtype)
-    x = x - x.detach().amax(1, keepdim=True)              # no overflow, and a common offset costs no digits
+    x = x - x.detach().amax(1, keepdim=True)         # no overflow, and what all logits share costs no digits
     log_s = x.exp().sum(1, keepdim=True).log()
     log_softmax = x.gather(1, i.clamp_min(0)) - log_s                  # (N,K) at the targets
     log_softmax = log_softmax.masked_fill(p == 0, 0)                  # 0 log 0 = 0, even if a logit is -inf
@@ -444,10 +446,11 @@ def vocab_kl(logits, indices, probs, reduction="mean", impl="auto", inplace=Fals
 
 def linear_vocab_kl(hidden, weight, indices, probs, bias=None, reduction="mean", impl="auto", check=None,
                     scale=1.0, softcap=None, chunk=1024):
-    """vocab_kl(head(hidden), indices, probs) that never holds more than `chunk` rows of the logits.
+    """vocab_kl(head(hidden), indices, probs) that never holds more than `chunk` rows of the logits. Training
+    has few rows per micro-batch and uses vocab_kl: this is for other users.
 
-    hidden (N,C), weight (V,C), bias (V,), scale and softcap as in Head (not s: that is in hidden). The
-    torch code computes the logits again in backward, the compiled one makes the gradient with the loss."""
+    hidden (N,C), weight (V,C), bias (V,), scale (its logit_scale) and softcap as in Head. The torch code
+    computes the logits again in backward, the compiled one makes the gradient with the loss."""
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError("linear_vocab_kl: hidden and weight: expected (N,C) and (V,C), got "
                          f"{tuple(hidden.shape)} and {tuple(weight.shape)}")
@@ -456,8 +459,8 @@ def linear_vocab_kl(hidden, weight, indices, probs, bias=None, reduction="mean",
         return torch.ops.t2t.linear_vocab_kl(hidden, weight, indices, probs, bias,
                                              REDUCTIONS.index(reduction), scale, softcap, chunk)
 
-    def rows(h, i, p, U, b):
-        return vocab_kl(scale_and_cap(F.linear(h, U, b), scale, softcap), i, p, "none", "torch", check=False)
+    def rows(h, i, p, *U_and_bias):
+        return vocab_kl(Head(*U_and_bias, scale, softcap)(h), i, p, "none", "torch", check=False)
 
     chunks = zip(hidden.split(chunk), indices.split(chunk), probs.split(chunk))
     loss = torch.cat([recomputed(rows, *x, weight, bias, use_reentrant=False, preserve_rng_state=False)
@@ -472,15 +475,16 @@ def reduce(loss, valid, reduction):
 
 
 def target_loss(batch, forward, H, scale, indices, probs, impl):
-    """The loss of a batch, a part for each micro-batch, whose graph is gone before the next is made:
+    """The loss of a batch, over the texts that have targets:
 
-        L = mean_b KL(q_b || softmax(head(s h_b)))                          over the texts that have targets
+        L = mean_b KL(q_b || softmax(head(s h_b)))
 
+    Yields a part of L for each micro-batch: call backward on it before the next, so that one graph is held.
     batch: list of (ids, mask) (b,T); forward(ids, mask) -> x (b,T,C), h (b,C); indices, probs (B,K)."""
     valid, sizes = (indices >= 0).any(1).sum().clamp_min(1), [len(ids) for ids, _ in batch]
     for (ids, mask), i, p in zip(batch, indices.split(sizes), probs.split(sizes)):                    # (b,K)
         _, h = forward(ids, mask)                                                                    # (b,C)
-        yield vocab_kl(H(scale * h), i, p, reduction="sum", impl=impl, check=False) / valid
+        yield vocab_kl(H(scale * h), i, p, reduction="sum", impl=impl, inplace=True, check=False) / valid
 
 
 # ------------------------------------------------------------------------------------------------ 5. embedder
@@ -495,7 +499,8 @@ class Embedder:
 
     @classmethod
     def load(cls, folder, device="cpu"):
-        """A checkpoint of `train`. Any other causal model is read as it is: causal, mean over tokens."""
+        """A checkpoint of `train`: a folder or a hub id. Another model as it is: causal, mean, 512 tokens."""
+        folder = fetched(folder)
         facts = folders.read_facts(folder)
         used = facts.get("config", {})
         model, tok = load_backbone(str(folder), used.get("attention", "causal"))
@@ -553,10 +558,10 @@ class Embedder:
         """list of N str -> y (N,V), rows of length 1: the k (SPARSE_K) tokens that a text lights up most,
         compared with texts on average, the others 0:
 
-            y = max(0, U (h - mean h)),            U: the weight of the head; the mean is that of the corpus
+            y = top_k(max(0, U (h - m))) / |...|          U: the weight of the head, m: mean of h over texts
 
-        The vectors of SparseEncoder(folder/sparse). OURS: the abstract has no sparse vectors. Tokens
-        that every text lights up tell none apart, so the mean is subtracted."""
+        The vectors of SparseEncoder(folder/sparse). OURS: the abstract has no sparse vectors. Tokens that
+        every text lights up do not tell texts apart, so m is subtracted."""
         h, H = self.pooled(self.token_ids(texts)), head(self.model)                                 # (N,C)
         with torch.no_grad():
             centred = h if self.mean is None else h - self.mean
@@ -569,7 +574,7 @@ class Embedder:
 
             cos(y_a, y_b) = sum_v y_a(v) y_b(v)"""
         y = self.sparse([a, b], k)                                                                  # (2,V)
-        parts = torch.zeros(y.shape[1]).index_add_(0, self.variants, y[0] * y[1])      # of a word, as one
+        parts = torch.zeros(y.shape[1]).index_add_(0, self.variants, y[0] * y[1])      # a word's variants
         order = parts.argsort(descending=True)[:int((parts > 0).sum())].tolist()
         return parts.sum().item(), [(self.name(v), parts[v].item()) for v in order]
 
@@ -577,11 +582,11 @@ class Embedder:
 def whitening_matrix(h, power=0.5, ridge=0.01):
     """h (N,C) -> W (C,C) float32, symmetric: h W spreads more evenly over the directions that h uses.
 
-        S = mean_n u_n u_n',  u = h / |h|, in units of its mean eigenvalue,       W = (S + ridge I)^(-power/2)
+        u = h / |h|,     S = mean_n u_n u_n^T divided by its mean eigenvalue,     W = (S + ridge I)^(-power/2)
 
-    OURS: half whitening; power 1 (arXiv 2103.15316) makes all directions alike. The mean direction of all
-    texts has half the energy and so dominates every cosine: S is not centred, to shrink it too. S needs some
-    4 C texts; with N fewer, the ridge is 4 C / N times as large."""
+    OURS: half whitening; power 1 (arXiv 2103.15316) makes all directions alike. The mean direction has
+    half of the sum of squares (SmolLM2) and dominates every cosine. S is not centred, so W shrinks it too.
+    Fewer than 4 C texts, as here for C > 128, give a noisy S: then the ridge is 4 C / N times as large."""
     u, (N, C) = F.normalize(h.double(), dim=1), h.shape
     eigenvalues, E = torch.linalg.eigh(u.T @ u / N)
     eigenvalues = eigenvalues.clamp_min(0) / eigenvalues.mean() + ridge * max(1, 4 * C / N)
@@ -590,7 +595,7 @@ def whitening_matrix(h, power=0.5, ridge=0.01):
 
 # ------------------------------------------------------------------------------------------------ 6. training
 def bucketed_batch(step, seed, lengths, B, bucket=BUCKET):
-    """-> (B,) the numbers of the texts of a step, by seed and step alone: a resumed run keeps the order.
+    """-> (B,) the numbers of the texts of a step. It needs no earlier step: a resumed run keeps the order.
 
     An epoch is a permutation of the texts; its last, incomplete batch is dropped. Within each bucket of 16
     batches, texts of like length go together: less padding."""
@@ -629,23 +634,25 @@ SCALES = [round(float(s), 4) for s in np.geomspace(0.05, 20, 27)]               
 
 @torch.no_grad()
 def measure_scale(h, H, indices, probs):
-    """h (N,C) of the untrained model, Head, targets (N,K) -> s, with which the loss is least.
+    """h (N,C) before training, Head, targets (N,K) -> s, with which the loss is least.
 
-    OURS: the mean of many different states is shorter than each of them, and how long states are differs from
-    model to model. s makes up for both: no other setting depends on a model's norms."""
+    OURS: s is an inverse temperature of the softmax. States and head rows differ in length from model to
+    model, so s is measured (SmolLM2: 0.8); no other setting depends on a model's norms."""
     losses = [vocab_kl(H(s * h), indices, probs, impl="torch", check=False).item() for s in SCALES]
     return SCALES[int(np.argmin(losses))]
 
 
 def fit(model, embedder, config, *, out, tokens, q, on_step):
-    """The training loop -> facts. embedder.model is the network of `model`, without the wrapper of peft."""
+    """The training loop -> facts. peft has put the adapters into embedder.model; `model` wraps it."""
     core, tok, device = embedder.model, embedder.tok, config.device
     H, B, lengths = head(core), min(config.batch_size, len(tokens)), tokens.lengths
     params = [p for p in model.parameters() if p.requires_grad]
-    trivial = q.marginal_kl if q else math.log(B) if config.method == "simcse" else token_entropy(tokens, tok)
+    contrasts = config.method == "simcse"     # compares the texts of a batch: all at once, of any length
+    # the loss of the best prediction that ignores the text
+    constant_loss = q.marginal_kl if q else math.log(B) if contrasts else token_entropy(tokens, tok)
 
     def forward(ids, mask):                                            # (b,T), (b,T) -> x (b,T,C), h (b,C)
-        # without the second, peft copies what enters adapters to float32, autocast back: a fifth of a step
+        # else peft casts the inputs of adapters to float32 and autocast casts them back: a fifth slower
         with (torch.autocast(device, torch.bfloat16, enabled=config.dtype == "bfloat16"),
               disable_input_dtype_casting(model)):
             x = hidden_states(core, ids, mask)
@@ -656,7 +663,8 @@ def fit(model, embedder, config, *, out, tokens, q, on_step):
     if run is None:
         run = {"step": 0, "seconds": 0.0, "real_tokens": 0, "padded_tokens": 0, "scale": 1.0}
         if q:
-            some = epoch_permutation(config.seed, 0, len(tokens))[:min(128, len(q.texts))]            # (n,)
+            some = epoch_permutation(config.seed, 0, len(tokens))[:min(1024, len(q.texts))]
+            some = some[(q.of(some)[0] >= 0).any(1).numpy()][:128]              # (n,) texts that have targets
             h = embedder.pooled([tokens[n] for n in some], config.micro_batch).to(device)            # (n,C)
             run["scale"] = measure_scale(h, H, *(a.to(device) for a in q.of(some)))
     embedder.scale, resumed, earlier, started = run["scale"], run["step"], run["seconds"], time.time()
@@ -670,12 +678,11 @@ def fit(model, embedder, config, *, out, tokens, q, on_step):
         while run["step"] < config.steps and not interrupted:
             # ------------------------------------------------------------------------------ BEGIN: one step
             torch.manual_seed(config.seed * 1_000_003 + run["step"])  # seeded at each step: no state to save
-            texts = bucketed_batch(run["step"], config.seed, lengths, B,
-                                   1 if config.method == "simcse" else BUCKET)  # (B,); negatives: any length
+            texts = bucketed_batch(run["step"], config.seed, lengths, B, 1 if contrasts else BUCKET)  # (B,)
             at_once = config.micro_batch * config.max_length // max(1, lengths[texts].max())
             batch = [pad([tokens[n] for n in part], tok.pad_token_id, device)
-                     for part in blocks(texts, at_once)]               # list of ids (b,T), mask (b,T)
-            if config.method == "simcse":
+                     for part in blocks(texts, B if contrasts else at_once)]    # list of ids, mask (b,T)
+            if contrasts:
                 losses = simcse(batch, forward, core)
             elif config.method == "mntp":
                 losses = mntp(batch, forward, H, tok)
@@ -683,15 +690,16 @@ def fit(model, embedder, config, *, out, tokens, q, on_step):
                 indices, probs = (a.to(device) for a in q.of(texts))                                 # (B,K)
                 losses = target_loss(batch, forward, H, embedder.scale, indices, probs, config.impl)
             loss = 0.0
-            for part in losses:                                        # one for each micro-batch
+            for part in losses:                           # one for each micro-batch (simcse: one)
                 part.backward()
                 loss += part.item()
             norm = torch.nn.utils.clip_grad_norm_(params, 1.0).item()
             if not math.isfinite(loss + norm):
                 raise Error(f"step {run['step']}: loss {loss}, gradient norm {norm}: start again with a "
                             f"lower --lr (now {config.lr:g}), or --dtype float32")
+            lr = learning_rate(run["step"], config.steps, config.lr)
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(run["step"], config.steps, config.lr)
+                group["lr"] = lr
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             run["step"] += 1
@@ -699,23 +707,24 @@ def fit(model, embedder, config, *, out, tokens, q, on_step):
             run["seconds"] = earlier + time.time() - started
             run["real_tokens"] += sum(int(mask.sum()) for _, mask in batch)
             run["padded_tokens"] += sum(mask.numel() for _, mask in batch)
-            log.write(json.dumps({"step": run["step"], "loss": loss, "marginal_kl": trivial,
-                                  "lr": group["lr"], "grad_norm": norm,
+            log.write(json.dumps({"step": run["step"], "loss": loss, "constant_loss": constant_loss,
+                                  "lr": lr, "grad_norm": norm,
                                   "seconds": round(run["seconds"], 1)}) + "\n")
             log.flush()
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
             bar.update(B)
             if on_step:
                 on_step(run["step"], embedder)
-            if run["step"] % config.save_every == 0 or run["step"] == config.steps or interrupted:
+            if run["step"] % config.save_every == 0:
                 folders.save_state(out, config, model, optimizer, run, tokens.hash)
+        folders.save_state(out, config, model, optimizer, run, tokens.hash)
     if run["step"] < config.steps:
         raise KeyboardInterrupt(f"stopped after step {run['step']}: the same command with --resume goes on")
-    last = (out / "state" / "log.jsonl").read_text().splitlines()[-BUCKET:]  # about a bucket: all lengths
-    return {"loss": np.mean([json.loads(line)["loss"] for line in last]).item(), "marginal_kl": trivial,
-            "texts": len(tokens), "texts_seen": config.steps * B, "corpus_hash": tokens.hash,
+    last = (out / "state" / "log.jsonl").read_text().splitlines()[-BUCKET:]  # a bucket has all lengths
+    return {"loss": np.mean([json.loads(line)["loss"] for line in last]).item(),
+            "constant_loss": constant_loss, "texts": len(tokens), "texts_seen": config.steps * B,
             "train_seconds": round(run["seconds"], 1), "earlier_seconds": earlier,
-            "padding": round(1 - run["real_tokens"] / run["padded_tokens"], 4)}
+            "padding": round(1 - run["real_tokens"] / run["padded_tokens"], 4), "corpus_hash": tokens.hash}
 
 
 def finish(out, embedder, config, *, before, began, loss=None, **facts):
@@ -729,7 +738,8 @@ def finish(out, embedder, config, *, before, began, loss=None, **facts):
     for text, old, new in zip(EXAMPLES, before, after):
         print(f"{text}\n    before   {line(old)}\n    after    {line(new)}")
     if loss is not None:
-        print(f"\nloss {loss:.3f} nats (best prediction that ignores the text: {facts['marginal_kl']:.3f}); "
+        constant = facts["constant_loss"]
+        print(f"\nloss {loss:.3f} nats (best prediction that ignores the text: {constant:.3f}); "
               f"training took {facts['train_seconds']:.0f} s of {facts['seconds']:.0f} s")
     print(f"{config.out}/ is ready:  SentenceTransformer({config.out!r})  or  python eval.py {config.out}")
     return config.out
@@ -747,23 +757,25 @@ def train(config, targets=None, on_step=None):
 
     # ---- words and targets, by the backbone as it was pretrained
     model, tok = load_backbone(config.backbone, "causal", dtype)
-    V, in_use = len(head(model.to(config.device)).weight), usable_length(model, config)
+    model.to(config.device)
+    V, tokens_in_use = len(head(model).weight), usable_length(model, config)
     words = read_vocabulary(tok, V)
     tokens = tokenize_corpus(config.corpus, tok, config.max_length) if trains else None
     if config.show_targets:
         return show_targets(config, tokens, words, tok,
                             targets or method_targets(config, tokens, words, model, tok))
     q = build_targets(config, tokens, words, model, tok, targets) if config.method in TARGETS else None
-    before = Embedder(model, tok, config.pooling, in_use).top_tokens(EXAMPLES, 8)
+    before = Embedder(model, tok, config.pooling, tokens_in_use).top_tokens(EXAMPLES, 8)
 
-    # ---- the embedder: loaded again, with the attention to train; weights that learn are float32
+    # ---- the embedder: loaded again, with --attention; weights that learn are float32
     start, option = config.init or config.backbone, "--init" if config.init else "--backbone"
-    frozen = trains and config.lora_rank > 0
+    lora = trains and config.lora_rank > 0
     del model                                                          # never two in memory
-    model = load_backbone(start, config.attention, dtype if frozen else torch.float32, option)[0]
-    if len(head(model.to(config.device)).weight) != V:
+    model, its_tok = load_backbone(start, config.attention, dtype if lora else torch.float32, option)
+    model.to(config.device)
+    if len(head(model).weight) != V or tokenizer_hash(its_tok) != tokenizer_hash(tok):
         raise Error(f"--init: expected a checkpoint made from {config.backbone}, got another vocabulary")
-    embedder, facts = Embedder(model, tok, config.pooling, in_use), {}
+    embedder, facts = Embedder(model, tok, config.pooling, tokens_in_use), {}
 
     # ---- training, and what the texts of the corpus have in common
     if trains:
@@ -772,7 +784,7 @@ def train(config, targets=None, on_step=None):
         sample = [tokens[n] for n in epoch_permutation(config.seed, 0, len(tokens))[:SAMPLE]]
         h = embedder.pooled(sample)                                                                  # (n,C)
         embedder.W, embedder.mean = whitening_matrix(h), h.mean(0)                             # (C,C), (C,)
-    if frozen:                                                     # merged into the backbone in float32
+    if lora:                                                       # merged into the backbone in float32
         learned = {name: p.detach().cpu() for name, p in model.named_parameters() if p.requires_grad}
         model = embedder.model = None
         whole = make_trainable(load_backbone(start, config.attention)[0], config.lora_rank, config.seed)

@@ -70,7 +70,7 @@ TRIALS = {                                             # the best of each method
 CLAIMS = [("data", x) for x in ("simcse", "mntp, simcse", *NAMES, *RUNS) if x != "data"]
 
 
-KEPT = ("command", "loss", "marginal_kl", "texts_seen", "seconds", "versions", "corpus_hash")
+KEPT = ("command", "loss", "constant_loss", "texts_seen", "seconds", "versions", "corpus_hash")
 
 
 def commit():

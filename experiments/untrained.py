@@ -48,7 +48,7 @@ def untrained(backbone, corpus, max_length=256):
     frequency = np.bincount(tokens.ids, minlength=V) / len(tokens.ids)
     some = [tok.decode(tokens[n].tolist(), skip_special_tokens=True)
             for n in t2t.epoch_permutation(0, 0, N)[:2048]]
-    before, after = t2t.PROMPT.split("{}")
+    before, after = t2t.ONE_WORD.split("{}")
     before, after = tok(before)["input_ids"], tok(after, add_special_tokens=False)["input_ids"]
     bare = lambda text: [i for i in tokenize(tok, [text], max_length)[0] if i not in special]
 

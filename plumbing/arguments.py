@@ -21,9 +21,9 @@ def settle(config):
         computes_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
     else:                                                              # AVX512-BF16, AMX; others emulate it
         computes_bfloat16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    dtype = "bfloat16" if config.dtype == "auto" and computes_bfloat16 else config.dtype
+    dtype = config.dtype if config.dtype != "auto" else "bfloat16" if computes_bfloat16 else "float32"
     targets = config.method in ("data", "model", "both")
-    return replace(config, device=device, dtype="float32" if dtype == "auto" else dtype,
+    return replace(config, device=device, dtype=dtype,
                    impl=choose(config.impl, device) if targets else "torch",
                    lr=DEFAULT_LR[config.method] if config.lr is None else config.lr)
 

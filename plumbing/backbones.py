@@ -45,6 +45,15 @@ def resolve(name, option="--backbone"):
                       lambda folder: read_gguf(file, beside, folder, option)))
 
 
+def fetched(name):
+    """The folder of a backbone or checkpoint; of a hub id, downloaded, but for the second copy in sparse/."""
+    folder = resolve(name, "Embedder.load")
+    if Path(folder).exists():
+        return folder
+    from huggingface_hub import snapshot_download
+    return snapshot_download(folder, ignore_patterns=["sparse/*", "*.bin", "onnx/*"])
+
+
 def read_gguf(file, beside, folder, option):
     """Dequantise a GGUF file into a folder that AutoModelForCausalLM loads; gguf.json says what it was."""
     if importlib.util.find_spec("gguf") is None:

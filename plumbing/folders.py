@@ -167,7 +167,7 @@ def save_dense(folder, embedder, prompts):
 
 
 def save_sparse(folder, shared, embedder, prompts):
-    """[Transformer, Pooling, Dense]: max(0, W (h - mean)), the K largest, by cosine: Embedder.sparse"""
+    """[Transformer, Pooling, Dense]: max(0, U (h - mean)), the K largest, by cosine: Embedder.sparse"""
     folder.mkdir()
     for f in shared:
         try:
@@ -175,11 +175,11 @@ def save_sparse(folder, shared, embedder, prompts):
         except OSError:                                           # a file system without hard links
             shutil.copy(f, folder)
     write_pooling(folder / "1_Pooling", embedder)
-    W = embedder.model.get_output_embeddings().weight.detach().float().cpu().contiguous()          # (V,C)
+    U = embedder.model.get_output_embeddings().weight.detach().float().cpu().contiguous()          # (V,C)
     write_modules(folder, embedder, "SparseEncoder", ["Transformer", "Pooling", "Dense"], prompts=prompts,
-                  max_active_dims=min(embedder.SPARSE_K, len(W)))
-    mean = torch.zeros(W.shape[1]) if embedder.mean is None else embedder.mean
-    write_dense(folder / "2_Dense", W, -(W @ mean), "torch.nn.modules.activation.ReLU")
+                  max_active_dims=min(embedder.SPARSE_K, len(U)))
+    mean = torch.zeros(U.shape[1]) if embedder.mean is None else embedder.mean
+    write_dense(folder / "2_Dense", U, -(U @ mean), "torch.nn.modules.activation.ReLU")
 
 
 def write_dense(folder, weight, bias, activation):
@@ -254,9 +254,9 @@ def model_card(config, facts):
     front = "\n".join(f"{k}: {v}" for k, v in meta.items() if v)
     name = base.get("hub") or base["name"]
     trained = "Not trained." if facts["loss"] is None else (
-        f"Trained on {facts['texts_seen']:,} texts of {'package documentation' * (corpus == 'docstrings')}"
-        f"{Path(corpus).name * (corpus != 'docstrings')}, to a loss of "
-        f"{facts['loss']:.3f} nats (the best prediction that ignores the text: {facts['marginal_kl']:.3f}).")
+        f"Trained on {min(facts['texts'], facts['texts_seen']):,} texts of "
+        f"{'package documentation' if corpus == 'docstrings' else Path(corpus).name}, to a loss of "
+        f"{facts['loss']:.3f} nats (best prediction that ignores the text: {facts['constant_loss']:.3f}).")
     library = facts["versions"]["sentence-transformers"]
     source = {"simcse": "A baseline, SimCSE (arXiv 2104.08821)", "none": "A baseline: the backbone as it is",
               "mntp": "A baseline, masked next-token prediction (arXiv 2404.05961)"}.get(

@@ -28,7 +28,7 @@ def test_head_is_the_models_own(name):
 
 def test_families_cover_the_head():
     assert head(family("phi")).bias is not None and head(family("gemma2")).softcap == 3
-    assert head(family("cohere")).scale == 0.25 == head(family("granite")).scale
+    assert head(family("cohere")).logit_scale == 0.25 == head(family("granite")).logit_scale
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -194,7 +194,7 @@ def test_model_targets_are_special_to_the_text(tok, texts_file, backbone, method
     own = q.indices[q.indices >= 0]
     assert (words.canonical_id[own] == own).all()                           # canonical words only
     if method == "model":                                            # against the definition, for one text
-        before, after = t2t.PROMPT.split("{}")
+        before, after = t2t.ONE_WORD.split("{}")
         ids = lambda n: torch.tensor([tok(before)["input_ids"] + [i for i in tokens[n].tolist() if i != 1]
                                       + tok(after, add_special_tokens=False)["input_ids"]])
         log_p = lambda n: torch.log_softmax(model(input_ids=ids(n)).logits[0, -1], -1)
