@@ -10,7 +10,7 @@ lights up the tokens that the text is about (gives them probability). Text2Token
     x = f(ids)                              f: the backbone without its head, x_t a state for each token
     h = mean_t x_t                          one vector for the text
     z = head(s h)                           the backbone's own head, frozen (H in code); s is measured once
-    L = mean_b KL(q_b || softmax(z_b))      q_b: the few tokens, with weights, that text b should light up
+    L = mean_b KL(q_b || softmax(z_b))      q_b: words of text b, and words that the untrained model predicts
     e = h W / |h W|                         what encode returns; W: whitening_matrix, made after training
 
     B texts   T tokens   C width   V vocabulary   K target tokens per text   N all texts   n, b, k: some
@@ -39,7 +39,7 @@ class Config:
     """Every setting of a run. The command line is made from these fields: a default stands in one place.
     `lr` None and every "auto" are replaced by real values once, in `settle`, before anything is used."""
     backbone: str = setting("smollm2", "causal language model: smollm2, a folder, a .gguf file, a hub id")
-    method: str = setting("data", "targets: words of the text, of the model, both; a baseline", ALL, ALL)
+    method: str = setting("both", "targets: words of the text, of the model, both; a baseline", ALL, ALL)
     corpus: str = setting("docstrings", ".txt, .jsonl[.gz], .parquet, a folder, hub:NAME[:COLUMN]", TRAINED)
     out: str = setting("ckpt", "folder for the finished checkpoint")
     init: str | None = setting(None, "start from this checkpoint's weights (a second stage)", TRAINED)
@@ -51,7 +51,7 @@ class Config:
     max_length: int = setting(64, "tokens per text in training; in use 256, if the model can", least=1)
     batch_size: int = setting(32, "texts per step", TRAINED, least=1)
     micro_batch: int = setting(8, "texts per forward pass (more if short)", (*TARGETS, "mntp"), least=1)
-    steps: int = setting(100, "optimiser steps", TRAINED, least=1)
+    steps: int = setting(80, "optimiser steps", TRAINED, least=1)
     lr: float | None = setting(None, "peak rate (default 1e-3, simcse 3e-5, mntp 3e-4)", TRAINED, least=1e-12)
     lora_rank: int = setting(16, "of LoRA; 0: all weights learn, except embedding and head", TRAINED, least=0)
     seed: int = setting(42, "of the order of texts and of every random number", TRAINED, least=0)

@@ -97,7 +97,7 @@ def test_a_tokenizer_without_spaces_is_named():
     """Pieces of WordPiece: a beginning has no mark, so nothing is a whole word."""
     words = read_vocabulary(FakeTokenizer(["<s>", "dog", "##s", "house"], "\u0120"), 4)
     with pytest.raises(Error, match="--backbone: expected a tokenizer that marks .* FakeTokenizer"):
-        method_targets(Config(top_k=2), [], words, None, FakeTokenizer([], ""))
+        method_targets(Config(method="data", top_k=2), [], words, None, FakeTokenizer([], ""))
 
 
 def test_split_words_count_once():
@@ -140,7 +140,7 @@ def test_constant_is_the_loss_of_the_best_constant_prediction(tmp_path, monkeypa
     monkeypatch.setenv("T2T_CACHE", str(tmp_path))
     words = read_vocabulary(FakeTokenizer(TOKENS, "\u0120"), 23)
     rows = [np.array([1, 13]), np.array([1]), np.array([20]), np.array([5])]
-    q = build_targets(Config(top_k=3), corpus_of(rows, tmp_path), words, None, None)
+    q = build_targets(Config(method="data", top_k=3), corpus_of(rows, tmp_path), words, None, None)
     i, p = torch.from_numpy(np.array(q.indices)).long(), torch.from_numpy(np.array(q.probs)).double()
     dense = torch.zeros(4, 24, dtype=torch.float64).scatter_add_(1, i.where(i >= 0, 23), p)[:3, :23]
     z = torch.zeros(23, dtype=torch.float64, requires_grad=True)  # minimise over constant logits: the oracle
@@ -158,7 +158,7 @@ def test_constant_is_the_loss_of_the_best_constant_prediction(tmp_path, monkeypa
 
 
 def test_targets_from_a_real_tokenizer(tok, texts_file, backbone):
-    config = Config(backbone=str(backbone), corpus=str(texts_file), top_k=16)
+    config = Config(backbone=str(backbone), corpus=str(texts_file), method="data", top_k=16)
     words = read_vocabulary(tok, len(tok))
     tokens = tokenize_corpus(config.corpus, tok, 128)
     q = build_targets(config, tokens, words, None, tok)
@@ -176,7 +176,8 @@ def test_truncation_is_what_the_model_sees(tok, texts_file):
     words = read_vocabulary(tok, len(tok))
     tokens = tokenize_corpus(str(texts_file), tok, 4)
     assert np.diff(tokens.start).max() == 4
-    q = build_targets(Config(corpus=str(texts_file), max_length=4, top_k=8), tokens, words, None, tok)
+    config = Config(corpus=str(texts_file), method="data", max_length=4, top_k=8)
+    q = build_targets(config, tokens, words, None, tok)
     for n in (0, 5, 9):
         seen = set(words.canonical_id[tokens[n]])
         assert {v for v in q.indices[n] if v >= 0} <= seen
@@ -213,11 +214,11 @@ def test_no_text_with_a_target(tok, tmp_path):
     words = read_vocabulary(tok, len(tok))
     tokens = tokenize_corpus(str(tmp_path / "a.txt"), tok, 128)
     with pytest.raises(Error, match="no text has a single target token"):
-        build_targets(Config(top_k=4), tokens, words, None, tok)
+        build_targets(Config(method="data", top_k=4), tokens, words, None, tok)
 
 
 def test_top_k_above_the_vocabulary(tok, texts_file):
     words = read_vocabulary(tok, len(tok))
     tokens = tokenize_corpus(str(texts_file), tok, 128)
     with pytest.raises(Error, match="--top-k: expected at most the size of the vocabulary, 500, got 501"):
-        build_targets(Config(top_k=501), tokens, words, None, tok)
+        build_targets(Config(method="data", top_k=501), tokens, words, None, tok)
