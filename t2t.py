@@ -11,7 +11,7 @@ lights up the tokens that the text is about (gives them probability). Text2Token
     h = mean_t x_t                          one vector for the text
     z = head(s h)                           the backbone's own head, frozen (H in code); s is measured once
     L = mean_b KL(q_b || softmax(z_b))      q_b: words of text b, and words that the untrained model predicts
-    e = h W / |h W|                         what encode returns; W: whitening_matrix, made after training
+    e = h / |h|                             what encode returns
 
     B texts   T tokens   C width   V vocabulary   K target tokens per text   N all texts   n, b, k: some
 
@@ -67,7 +67,7 @@ class Config:
 
 
 BUCKET = 16          # OURS: batches whose texts are sorted by length together: see bucketed_batch
-SAMPLE = 512         # OURS: texts from which averages over the corpus, and W, are estimated
+SAMPLE = 512         # OURS: texts from which averages over the corpus are estimated
 EXAMPLES = ["A dog runs after a ball in the park.", "The bank raised its interest rates again.",
             "How do I reset my password?", "She plays the violin in a small orchestra."]
 
@@ -489,13 +489,13 @@ def target_loss(batch, forward, H, scale, indices, probs, impl):
 
 # ------------------------------------------------------------------------------------------------ 5. embedder
 class Embedder:
-    """A model in use. s (`scale`) stands before the head. W (C,C) spreads the dense vectors over more
-    directions: whitening_matrix. mean (C,), of h over the corpus, is subtracted for the sparse vectors."""
+    """A model in use. s (`scale`) stands before the head; mean (C,) of h over the corpus is subtracted for
+    sparse vectors."""
     SPARSE_K = 256             # OURS: tokens of a sparse vector; with 64, SciFact train is 8 points lower
 
-    def __init__(self, model, tok, pooling="mean", max_length=256, scale=1.0, W=None, mean=None):
+    def __init__(self, model, tok, pooling="mean", max_length=256, scale=1.0, mean=None):
         self.model, self.tok, self.pooling, self.max_length = model, tok, pooling, max_length
-        self.scale, self.W, self.mean = scale, W, mean
+        self.scale, self.mean = scale, mean
 
     @classmethod
     def load(cls, folder, device="cpu"):
@@ -505,12 +505,11 @@ class Embedder:
         used = facts.get("config", {})
         model, tok = load_backbone(str(folder), used.get("attention", "causal"))
         return cls(model.to(device), tok, used.get("pooling", "mean"), facts.get("max_length", 512),
-                   facts.get("scale", 1.0), *folders.read_statistics(folder))
+                   facts.get("scale", 1.0), folders.read_mean(folder))
 
     def encode(self, texts, batch_size=64):
         """list of N str -> (N,C) float32, rows of length 1. A text without a token gives zeros."""
-        h = self.pooled(self.token_ids(texts), batch_size)
-        return F.normalize(h if self.W is None else h @ self.W, dim=1).numpy()
+        return F.normalize(self.pooled(self.token_ids(texts), batch_size), dim=1).numpy()
 
     def token_ids(self, texts):
         if isinstance(texts, str):
@@ -577,20 +576,6 @@ class Embedder:
         parts = torch.zeros(y.shape[1]).index_add_(0, self.variants, y[0] * y[1])      # a word's variants
         order = parts.argsort(descending=True)[:int((parts > 0).sum())].tolist()
         return parts.sum().item(), [(self.name(v), parts[v].item()) for v in order]
-
-
-def whitening_matrix(h, power=0.5, ridge=0.01):
-    """h (N,C) -> W (C,C) float32, symmetric: h W spreads more evenly over the directions that h uses.
-
-        u = h / |h|,     S = mean_n u_n u_n^T divided by its mean eigenvalue,     W = (S + ridge I)^(-power/2)
-
-    OURS: half whitening; power 1 (arXiv 2103.15316) makes all directions alike. The mean direction has
-    half of the sum of squares (SmolLM2) and dominates every cosine. S is not centred, so W shrinks it too.
-    Fewer than 4 C texts, as here for C > 128, give a noisy S: then the ridge is 4 C / N times as large."""
-    u, (N, C) = F.normalize(h.double(), dim=1), h.shape
-    eigenvalues, E = torch.linalg.eigh(u.T @ u / N)
-    eigenvalues = eigenvalues.clamp_min(0) / eigenvalues.mean() + ridge * max(1, 4 * C / N)
-    return (E * eigenvalues ** (-power / 2) @ E.T).float()
 
 
 # ------------------------------------------------------------------------------------------------ 6. training
@@ -782,8 +767,7 @@ def train(config, targets=None, on_step=None):
         model = make_trainable(model, config.lora_rank, config.seed)
         facts = fit(model, embedder, config, out=out, tokens=tokens, q=q, on_step=on_step)
         sample = [tokens[n] for n in epoch_permutation(config.seed, 0, len(tokens))[:SAMPLE]]
-        h = embedder.pooled(sample)                                                                  # (n,C)
-        embedder.W, embedder.mean = whitening_matrix(h), h.mean(0)                             # (C,C), (C,)
+        embedder.mean = embedder.pooled(sample).mean(0)                                              # (C,)
     if lora:                                                       # merged into the backbone in float32
         learned = {name: p.detach().cpu() for name, p in model.named_parameters() if p.requires_grad}
         model = embedder.model = None

@@ -175,16 +175,16 @@ def draw(path, facts, text, before, after):
     import matplotlib.pyplot as plt
     fig, (one, two, right) = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained",
                                           width_ratios=(1, 1, 1.3))
-    looks = {"before": ("before training", "tab:gray"), "after": ("after training", "tab:green")}
-    for axis, row, (name, colour) in zip((one, two), (before, after), looks.values()):
+    looks = {"before": ("before training", "tab:gray", 1.5), "after": ("after training", "tab:green", 0.6)}
+    for axis, row, (name, colour, _) in zip((one, two), (before, after), looks.values()):
         axis.barh([token for token, _ in row][::-1], [100 * p for _, p in row][::-1], color=colour)
         axis.set(title=name, xlabel="probability (%)")
-    fig.suptitle(f"Tokens that “{text}” lights up, and how many directions {facts['texts']:,} vectors use")
-    for stage, (name, colour) in looks.items():
+    fig.suptitle(f"Tokens that “{text}” lights up; how many directions {facts['texts']:,} vectors use")
+    for stage, (name, colour, up) in looks.items():
         share = facts[stage]["spectrum"]
         right.loglog(range(1, len(share) + 1), share, color=colour, label=name)
-        right.annotate(f"the first has {100 * share[0]:.0f} %", (1, share[0]), (1.6, share[0]), color=colour,
-                       va="center", arrowprops={"arrowstyle": "-", "color": colour})
+        right.annotate(f"the first has {100 * share[0]:.0f} %", (1, share[0]), (1.6, up * share[0]),
+                       color=colour, va="center", arrowprops={"arrowstyle": "-", "color": colour})
     right.set(xlabel="direction, from largest to smallest", ylabel="share of the energy", ylim=(1e-5, 2))
     right.legend()
     fig.savefig(path.with_suffix(".new.png"), dpi=110)

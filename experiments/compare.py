@@ -6,11 +6,10 @@
 
 A trained run is one call of t2t.train a stage; stages follow one another through --init, each with an even
 share of the number of texts (the later one reads those of the first again). An untrained baseline is a
-function of experiments/untrained.py. Every vector is scored raw and half whitened (t2t.whitening_matrix, from
+function of experiments/untrained.py. Every vector is scored raw, as encode returns it, and half whitened (by
 2,048 texts of the corpus), so no method wins by what could be done to all of them; tf-idf, of V dimensions,
-only raw. Test splits are scored with the settings that --tune found; it looks at validation splits only, and
-whitens as the checkpoint does. Runs are kept in --runs, the tables beside them; --publish puts them in
-results/.
+only raw. Test splits are scored with the settings that --tune found: it looks at validation splits only, at
+raw vectors. Runs are kept in --runs, the tables beside them; --publish puts them in results/.
 """
 import argparse
 import gzip
@@ -111,6 +110,20 @@ def train(name, stages, seed, a, watch=None):
     return t2t.Embedder.load(folder), folder
 
 
+def whitening_matrix(h, power=0.5, ridge=0.01):
+    """h (N,C) -> W (C,C) float32, symmetric: h W spreads more evenly over the directions that h uses.
+
+        u = h / |h|,     S = mean_n u_n u_n^T divided by its mean eigenvalue,     W = (S + ridge I)^(-power/2)
+
+    Half whitening; power 1 (arXiv 2103.15316) makes all directions alike. The mean direction has
+    half of the sum of squares (SmolLM2) and dominates every cosine. S is not centred, so W shrinks it too.
+    Fewer than 4 C texts give a noisy S: then the ridge is 4 C / N times as large."""
+    u, (N, C) = torch.nn.functional.normalize(h.double(), dim=1), h.shape
+    eigenvalues, E = torch.linalg.eigh(u.T @ u / N)
+    eigenvalues = eigenvalues.clamp_min(0) / eigenvalues.mean() + ridge * max(1, 4 * C / N)
+    return (E * eigenvalues ** (-power / 2) @ E.T).float()
+
+
 def whitened(read, W):
     return lambda texts: read(texts) @ W
 
@@ -167,14 +180,14 @@ def run(name, seed, tasks, a, baselines, some):
     if name in baselines:
         read = once(baselines[name])
         # V dimensions are not whitened
-        W = None if name == "tf-idf" else t2t.whitening_matrix(torch.from_numpy(read(some))).numpy()
+        W = None if name == "tf-idf" else whitening_matrix(torch.from_numpy(read(some))).numpy()
     else:
         here = commit()
         embedder, folder = train(name, RUNS[name], seed, a)
         made = json.loads((folder / "t2t.json").read_text())
         facts = {k: made[k] for k in KEPT if k in made} | {"commit": None if begun else here}
         read = once(lambda texts: embedder.pooled(embedder.token_ids(texts)).numpy())
-        W = t2t.whitening_matrix(torch.from_numpy(read(some))).numpy()
+        W = whitening_matrix(torch.from_numpy(read(some))).numpy()
     arrays = dict(np.load(file)) if file.exists() else {}
     for how, reading in [("raw", read)] + [("whitened", whitened(read, W))] * (W is not None):
         scores, items = score(reading, missing)
@@ -239,27 +252,24 @@ def tune(a):
         embedder.model.to(getattr(torch, made["config"]["dtype"]))     # as it was trained: twice as fast
         read = once(lambda texts: embedder.pooled(embedder.token_ids(texts)).numpy())
         done.append({"name": name, "seed": seed, "settings": TRIALS[name], "raw": scores(read),
-                     "whitened": scores(whitened(read, embedder.W.numpy())), "commit": here,
-                     **without_folders({k: made[k] for k in KEPT}), "all_seconds": round(time.time() - t0)})
+                     "commit": here, **without_folders({k: made[k] for k in KEPT}),
+                     "all_seconds": round(time.time() - t0)})
         with open(file, "a") as f:
             f.write(json.dumps(done[-1]) + "\n")
-        print(name, seed, done[-1]["raw"], done[-1]["whitened"], flush=True)
+        print(name, seed, done[-1]["raw"], flush=True)
         for stage in places(f"trial {name}", TRIALS[name], seed, a):
             shutil.rmtree(stage)
     splits = " | ".join(SPLITS)
     text = [f"Validation splits, {a.texts:,} texts of {Path(a.corpus).name}, up to {a.max_length} tokens, a "
             "run; scores x 100, means over seeds", "",
-            f"| | seeds | {splits} | mean | of each seed | whitened: {splits} | mean |",
-            "|---|---:|" + "---:|" * (2 * len(SPLITS) + 3)]
+            f"| | seeds | {splits} | mean | of each seed |", "|---|---:|" + "---:|" * (len(SPLITS) + 2)]
     for name in TRIALS:
         found = [d for d in done if d["name"] == name and d["settings"] == TRIALS[name]]
         if not found:
             continue
-        cells = [name, str(len(found))]
-        for how in ("raw", "whitened"):
-            table = np.array([list(d[how].values()) for d in found])                       # (seeds,splits)
-            cells += [f"{x:.1f}" for x in (*table.mean(0), table.mean())]
-            cells += ["  ".join(f"{x:.1f}" for x in table.mean(1))] * (how == "raw")
+        table = np.array([list(d["raw"].values()) for d in found])                         # (seeds,splits)
+        cells = [name, str(len(found)), *(f"{x:.1f}" for x in (*table.mean(0), table.mean())),
+                 "  ".join(f"{x:.1f}" for x in table.mean(1))]
         text.append(f"| {' | '.join(cells)} |")
     out = str((ROOT / "results" if a.publish else Path(a.runs)) / f"trials-{Path(a.corpus).stem}-{a.texts}")
     Path(out + ".json").write_text(json.dumps(done, indent=1) + "\n")

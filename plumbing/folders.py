@@ -3,7 +3,7 @@
     OUT/state/               while training: last.pt, everything that the next step depends on, and log.jsonl
     OUT/                     a SentenceTransformer folder; its weights are the whole causal model and head
     OUT/sparse/              a SparseEncoder folder: the same weights (hard links), and the head
-    OUT/statistics.safetensors   of the corpus: W (C,C) for the dense vectors, mean (C,) for the sparse ones
+    OUT/mean.safetensors     mean (C,) of the dense vectors of the corpus, which the sparse ones subtract
     OUT/t2t.json             every setting as it was used, versions, hashes and losses
 
 Files are written beside their place and renamed: a kill at any moment leaves the old ones or the new, whole.
@@ -144,8 +144,8 @@ def save(out, embedder, config, facts):
         prompts = {"query": config.prompt, "document": ""}
         save_dense(new, embedder, prompts)
         save_sparse(new / "sparse", shared, embedder, prompts)
-        if embedder.W is not None:
-            save_file({"W": embedder.W, "mean": embedder.mean}, new / "statistics.safetensors")
+        if embedder.mean is not None:
+            save_file({"mean": embedder.mean}, new / "mean.safetensors")
     facts = facts | {"ours": ours(config), "versions": versions()}
     write_json(new / "t2t.json", facts)
     (new / "README.md").write_text(model_card(config, facts), "utf-8")
@@ -157,13 +157,11 @@ def save(out, embedder, config, facts):
 
 
 def save_dense(folder, embedder, prompts):
-    """[Transformer, Pooling, Dense, Normalize]: h W, of length 1; without W no Dense."""
-    modules = ["Transformer", "Pooling", *["Dense"] * (embedder.W is not None), "Normalize"]
-    write_modules(folder, embedder, "SentenceTransformer", modules, prompts=prompts)
+    """[Transformer, Pooling, Normalize]: h, of length 1"""
+    write_modules(folder, embedder, "SentenceTransformer", ["Transformer", "Pooling", "Normalize"],
+                  prompts=prompts)
     write_pooling(folder / "1_Pooling", embedder)
-    if embedder.W is not None:
-        write_dense(folder / "2_Dense", embedder.W.T, None, "torch.nn.modules.linear.Identity")
-    (folder / f"{len(modules) - 1}_Normalize").mkdir()
+    (folder / "2_Normalize").mkdir()
 
 
 def save_sparse(folder, shared, embedder, prompts):
@@ -179,15 +177,15 @@ def save_sparse(folder, shared, embedder, prompts):
     write_modules(folder, embedder, "SparseEncoder", ["Transformer", "Pooling", "Dense"], prompts=prompts,
                   max_active_dims=min(embedder.SPARSE_K, len(U)))
     mean = torch.zeros(U.shape[1]) if embedder.mean is None else embedder.mean
-    write_dense(folder / "2_Dense", U, -(U @ mean), "torch.nn.modules.activation.ReLU")
+    write_dense(folder / "2_Dense", U, -(U @ mean))
 
 
-def write_dense(folder, weight, bias, activation):
+def write_dense(folder, weight, bias):
     folder.mkdir()
     write_json(folder / "config.json", {"in_features": weight.shape[1], "out_features": len(weight),
-                                        "bias": bias is not None, "activation_function": activation})
-    tensors = {"linear.weight": weight} | ({} if bias is None else {"linear.bias": bias})
-    save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "model.safetensors")
+                                        "bias": True,
+                                        "activation_function": "torch.nn.modules.activation.ReLU"})
+    save_file({"linear.weight": weight, "linear.bias": bias}, folder / "model.safetensors")
 
 
 def write_modules(folder, embedder, model_type, modules, **settings):
@@ -219,11 +217,10 @@ def read_facts(folder):
     return json.loads(path.read_text("utf-8")) if path.is_file() else {}
 
 
-def read_statistics(folder):
-    """W (C,C) and mean (C,) of a checkpoint; None, None of anything else."""
-    path = Path(folder) / "statistics.safetensors"
-    found = load_file(path) if path.is_file() else {}
-    return found.get("W"), found.get("mean")
+def read_mean(folder):
+    """mean (C,) of a checkpoint; None of anything else."""
+    path = Path(folder) / "mean.safetensors"
+    return load_file(path)["mean"] if path.is_file() else None
 
 
 def ours(config):
@@ -232,7 +229,7 @@ def ours(config):
     used = {"tf-idf weights": data, "first piece of a split word": data,
             "log p minus its mean over the corpus": model,
             "measured scale in front of the head": data or model,
-            **dict.fromkeys(("half whitening", "frozen embedding", "every hyper-parameter"),
+            **dict.fromkeys(("frozen embedding", "every hyper-parameter"),
                             config.method != "none"),
             "sparse vectors": True}
     return [name for name, yes in used.items() if yes]

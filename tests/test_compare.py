@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from scipy.stats import spearmanr
 from test_eval import make_sts
 
@@ -158,3 +159,17 @@ def test_trials_are_made_once(data, backbone, texts_file, tmp_path, monkeypatch,
     monkeypatch.setattr(t2t, "train", None)
     compare.main()
     assert "| data | 2 | 1.0 | 1.0 | 1.0 | 1.0 | 1.0  1.0 |" in capsys.readouterr().out
+
+def test_whitening_matrix():
+    rng = np.random.default_rng(0)
+    h = (rng.normal(size=(500, 8)) * [9, 5, 3, 2, 1, 1, 0.5, 0.2] + 3).astype(np.float32)
+    u = h / np.linalg.norm(h, axis=1, keepdims=True)
+    before = np.linalg.eigvalsh(u.T @ u / 500)
+    for power in (0.0, 0.5, 1.0):
+        W = compare.whitening_matrix(torch.from_numpy(h), power, ridge=0.0).numpy()
+        np.testing.assert_allclose(W, W.T, atol=1e-5)
+        after = np.linalg.eigvalsh((u @ W).T @ (u @ W) / 500)
+        want = before ** (1 - power)
+        np.testing.assert_allclose(after / after.mean(), want / want.mean(), rtol=1e-3)
+    few = compare.whitening_matrix(torch.from_numpy(h[:3]))           # directions never seen: the ridge
+    assert few.isfinite().all()
