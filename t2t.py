@@ -40,7 +40,8 @@ class Config:
     `lr` None and every "auto" are replaced by real values once, in `settle`, before anything is used."""
     backbone: str = setting("smollm2", "causal language model: smollm2, a folder, a .gguf file, a hub id")
     method: str = setting("both", "targets: words of the text, of the model, both; a baseline", ALL, ALL)
-    corpus: str = setting("docstrings", ".txt, .jsonl[.gz], .parquet, a folder, hub:NAME[:COLUMN]", TRAINED)
+    corpus: str = setting("docstrings", ".txt, .jsonl[.gz], .parquet, a folder, "
+                          "hub:NAME[:COLUMN[:CONFIGURATION[:SPLIT]]]", TRAINED)
     out: str = setting("ckpt", "folder for the finished checkpoint")
     init: str | None = setting(None, "start from this checkpoint's weights (a second stage)", TRAINED)
     pooling: str = setting("mean", "how the states of a text become one vector", ALL, ["mean", "last"])

@@ -29,10 +29,22 @@ def file_hash(path):
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def files_below(folder, suffixes):
+    """Files of such names, sorted, in a folder and all below it, linked ones too. Names that begin with a dot
+    belong to the system: ._notes.txt, .git, .ipynb_checkpoints"""
+    seen, found = set(), []
+    for here, below, names in os.walk(folder, followlinks=True):
+        new = os.path.realpath(here) not in seen                # a link to a folder above would never end
+        seen.add(os.path.realpath(here))
+        below[:] = sorted(name for name in below if new and name[0] != ".")
+        found += [Path(here, name) for name in names if new and name[0] != "." and name.endswith(suffixes)]
+    return sorted(f for f in found if f.is_file())
+
+
 def file_stamps(path, suffixes=(".safetensors", ".bin")):
     """Path, size and time of a file, or of such files below a folder; of a hub id, its name. Tells folders
     apart without reading them."""
-    files = sorted(f for f in Path(path).rglob("*") if f.name.endswith(suffixes)) or [Path(path)]
+    files = files_below(path, suffixes) or [Path(path)]
     known = [(f, f.stat()) for f in files if f.is_file()]
     return [str(path)] + [(str(f.absolute()), s.st_size, s.st_mtime_ns) for f, s in known]
 

@@ -3,8 +3,8 @@
     docstrings               the documentation of the pinned packages installed beside this file: no download
     FILE.txt                 one text a line
     FILE.jsonl  FILE.jsonl.gz  FILE.parquet      a `text` column
-    FOLDER                   every such file below it, in the order of their names
-    hub:DATASET[:COLUMN]     a data set of the Hugging Face hub, streamed (split "train")
+    FOLDER                   every such file below it, in the order of their names; none that begin with a dot
+    hub:DATASET[:COLUMN[:CONFIGURATION[:SPLIT]]]    a data set of the Hugging Face hub, streamed ("train")
 
 A stream, never a list: a corpus may be larger than memory. `Counts` says what became of every text read.
 tokenize_corpus writes the ids of all texts to disk, once.
@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from plumbing.cache import cached, file_stamps, hash_of, source_hash
+from plumbing.cache import cached, file_stamps, files_below, hash_of, source_hash
 from plumbing.cli import Error
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
@@ -80,10 +80,10 @@ def read(source):
     if source == "docstrings":
         return docstrings()
     if source.startswith("hub:"):
-        return hub(*source[4:].split(":", 1))
+        return hub(*source[4:].split(":", 3))
     path = Path(source)
     if path.is_dir():
-        files = sorted(f for f in path.rglob("*") if f.name.endswith(SUFFIXES) and f.is_file())
+        files = files_below(path, SUFFIXES)
         if not files:
             raise Error(f"--corpus: expected a folder with {', '.join(SUFFIXES)} files, found none in {path}")
         return (text for f in files for text in read_file(f))
@@ -106,15 +106,18 @@ def read_file(path):
                     raise Error(f"--corpus: expected text, but {path} line {n} has zero bytes: "
                                 "binary, or UTF-16?")
                 line = line.decode("utf-8-sig" if n == 1 else "utf-8")
-                if path.name.endswith(".txt"):
-                    yield line
-                elif line.strip():
-                    yield json.loads(line)["text"] + ""       # + "": a number or null is a TypeError
+                for text in line.rstrip("\r\n").split("\r"):             # old Macs end a line so
+                    if path.name.endswith(".txt"):
+                        yield text
+                    elif text.strip():
+                        text = json.loads(text, parse_int=float)["text"]   # an int may have too many digits
+                        yield "" if text is None else text + ""           # + "": a number is a TypeError
         except UnicodeDecodeError as e:
             raise Error(f"--corpus: expected UTF-8, but {path} line {n} is not ({e.reason}): "
                         "convert it") from None
-        except json.JSONDecodeError as e:
-            raise Error(f"--corpus: expected JSON lines, but {path} line {n} is not one ({e.msg})") from None
+        except (json.JSONDecodeError, RecursionError) as e:             # brackets nested too deep
+            raise Error(f"--corpus: expected JSON lines, but {path} line {n} is not one "
+                        f"({getattr(e, 'msg', e)})") from None
         except (KeyError, TypeError):
             raise Error(f'--corpus: expected {{"text": "..."}}, '
                         f'but {path} line {n} has no such string') from None
@@ -133,26 +136,28 @@ def parquet(path):
     if "text" not in names:
         raise Error(f"--corpus: expected a column called text in {path}, found {', '.join(names)}")
     kind = file.schema_arrow.field("text").type
-    if not pyarrow.types.is_string(kind) and not pyarrow.types.is_large_string(kind):
+    kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind        # categories of pandas
+    if str(kind) not in ("string", "large_string", "string_view", "null"):       # null: not a single text
         raise Error(f"--corpus: expected strings in the column text of {path}, found {kind}")
     for batch in file.iter_batches(columns=["text"]):
         yield from (text or "" for text in batch.column(0).to_pylist())
 
 
-def hub(name, column="text"):
+def hub(name, column="text", configuration=None, split="train"):
     import datasets
     def rows():
         try:
-            yield from datasets.load_dataset(name, split="train", streaming=True)
+            yield from datasets.load_dataset(name, configuration or None, split=split, streaming=True)
         except Exception as e:                     # offline, unknown, gated: datasets has many types for it
             why = (str(e).strip() or type(e).__name__).splitlines()[0]
             raise Error(f"--corpus: expected a data set on the hub, but {name} can not be read here "
-                        f"({why}): check the name and the network, or pass a file") from None
+                        f"({why}): check the name and the network, pass a file, or "
+                        f"hub:{name}:COLUMN:CONFIGURATION:SPLIT") from None
     for row in rows():
-        if not isinstance(row.get(column), str):
+        if not isinstance(row.get(column), str) and row.get(column, 0) is not None:
             raise Error(f"--corpus: expected text in a column called {column} of {name}, "
                         f"found {', '.join(row)}: pass hub:{name}:COLUMN")
-        yield row[column]
+        yield row[column] or ""
 
 
 # ------------------------------------------------------------------------------------------------- docstrings

@@ -68,6 +68,8 @@ def test_half_a_character_is_replaced(tmp_path, tok):
     ("a.jsonl", b'{"texts": "x"}\n', "a.jsonl line 1 has no such string"),
     ("a.jsonl", b'{"text": 3}\n', "a.jsonl line 1 has no such string"),
     ("a.jsonl", b'[1]\n', "a.jsonl line 1 has no such string"),
+    ("a.jsonl", b"[" * 100_000, "a.jsonl line 1 is not one .maximum recursion"),
+    ("a.jsonl", b'{"text": ' + b"9" * 5000 + b"}", "a.jsonl line 1 has no such string"),
     ("a.jsonl.gz", b"not gzip", "expected gzip"),
     ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 9999)[:-40],
      "expected gzip, but .* is damaged after line"),
@@ -94,6 +96,56 @@ def test_bad_sources(tmp_path):
         list(texts(tmp_path / "none"))
     with pytest.raises(Error, match="does not exist"):
         list(texts(tmp_path / "missing.txt"))
+
+
+def test_lines_of_old_macs(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"One.\rTwo.\r\rThree.\r")
+    (tmp_path / "b.jsonl").write_bytes(b'{"text": "One."}\r{"text": "Two."}\r')
+    assert list(texts(tmp_path / "a.txt")) == ["One.", "Two.", "Three."]
+    assert list(texts(tmp_path / "b.jsonl")) == ["One.", "Two."]
+
+
+def test_null_is_an_empty_text(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+    rows = [{"text": "One."}, {"text": None}, {"text": "Two."}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "b.parquet")
+    hub = tmp_path / "hub"                                            # a folder in the layout of the hub
+    hub.mkdir()
+    (hub / "other.jsonl").write_text((tmp_path / "a.jsonl").read_text())
+    (hub / "README.md").write_text("---\nconfigs:\n" + "".join(
+        f"- config_name: {name}\n  data_files:\n  - split: test\n    path: other.jsonl\n" for name in "ab")
+        + "---\n")
+    for source in (tmp_path / "a.jsonl", tmp_path / "b.parquet", f"hub:{hub}:text:b:test"):
+        counts = corpus.Counts()
+        assert list(texts(source, counts)) == ["One.", "Two."] and counts.empty == 1
+    for source in (f"hub:{hub}", f"hub:{hub}:text:b"):                # which of two; no split called train
+        with pytest.raises(Error, match="hub:NAME:COLUMN:CONFIGURATION:SPLIT".replace("NAME", str(hub))):
+            list(texts(source))
+
+
+@pytest.mark.parametrize("kind", ["large_string", "string_view", "dictionary"])
+def test_every_kind_of_string(tmp_path, kind):
+    import pyarrow
+    import pyarrow.parquet
+    column = pyarrow.array([*GOOD, None])
+    column = column.dictionary_encode() if kind == "dictionary" else column.cast(getattr(pyarrow, kind)())
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet")
+    assert list(texts(tmp_path / "a.parquet")) == GOOD
+
+
+def test_folders_without_hidden_files_and_with_linked_ones(tmp_path):
+    folder, other = tmp_path / "folder", tmp_path / "other"
+    for file in (folder / "a.txt", folder / "._a.txt", folder / ".git" / "b.txt", other / "c.txt"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(file.name)
+    (folder / "link").symlink_to(other)
+    (other / "loop").symlink_to(folder)                               # must not be followed for ever
+    assert list(texts(folder)) == ["a.txt", "c.txt"]
+    assert str(other / "c.txt") not in (before := str(corpus.fingerprint(folder)))
+    (other / "c.txt").write_text("longer")
+    assert str(corpus.fingerprint(folder)) != before                  # a change there is noticed
 
 
 def test_docstrings_are_prose_and_the_same_every_time():
