@@ -33,7 +33,7 @@ def tools():
     here = str(Path(sys.executable).parent)          # ninja of this environment, though it is not activated
     if here not in os.environ["PATH"].split(os.pathsep):
         os.environ["PATH"] = here + os.pathsep + os.environ["PATH"]
-    compiler = os.environ.get("CXX", "c++")
+    compiler = (os.environ.get("CXX") or "c++").split()[0]           # of "ccache g++", what is called
     needed = (compiler, "a C++ compiler, g++ 11 or later"), ("ninja", "the build tool, pip install ninja")
     for tool, what in needed:
         if not shutil.which(tool):

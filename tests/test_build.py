@@ -26,6 +26,14 @@ def test_without_a_compiler(tmp_path):
     assert err.startswith("build_ext.py: error: csrc/: expected a C++ compiler") and "no-such" in err
 
 
+def test_a_compiler_behind_another_program(monkeypatch):
+    monkeypatch.setenv("CXX", "ccache g++")
+    asked = []
+    monkeypatch.setattr(build_ext.shutil, "which", lambda tool: asked.append(tool) or tool)
+    build_ext.tools()
+    assert asked == ["ccache", "ninja"]
+
+
 def test_without_ninja(monkeypatch):
     monkeypatch.setattr(build_ext.shutil, "which", lambda tool: None if tool == "ninja" else tool)
     with pytest.raises(Error, match="pip install ninja.*--impl torch"):
