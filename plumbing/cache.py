@@ -50,7 +50,12 @@ def file_stamps(path, suffixes=(".safetensors", ".bin")):
 
 
 def cache_root():
-    return Path(os.environ.get("T2T_CACHE") or Path.home() / ".cache" / "text2token")
+    try:
+        return Path(os.environ.get("T2T_CACHE") or Path.home() / ".cache" / "text2token")
+    except RuntimeError:                     # a container may have no home folder
+        from plumbing.cli import Error       # not above: it reads cache_summary
+        raise Error("cache: expected a home folder to keep files in, found none: set T2T_CACHE to a "
+                    "folder") from None
 
 
 def cache_path(kind, name):
@@ -61,7 +66,7 @@ def cache_summary():
     """Where the cache is and how large, for --help."""
     try:
         size = sum(f.lstat().st_size for f in cache_root().rglob("*") if f.is_file())
-    except (OSError, RuntimeError):          # no home folder, or one that cannot be read
+    except (OSError, ValueError):            # no home folder, or one that cannot be read
         return "The cache is the folder that T2T_CACHE names."
     return (f"The cache is {cache_root()} (T2T_CACHE names another), {size / 1e6:.0f} MB; entries not used "
             f"for {KEEP_DAYS} days are removed.")

@@ -148,6 +148,15 @@ def test_folders_without_hidden_files_and_with_linked_ones(tmp_path):
     assert str(corpus.fingerprint(folder)) != before                  # a change there is noticed
 
 
+def test_no_home(monkeypatch):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+    monkeypatch.delenv("T2T_CACHE")
+    monkeypatch.setattr(corpus.Path, "home", homeless)
+    with pytest.raises(Error, match="set T2T_CACHE to a folder"):
+        corpus.cached("kind", "name", None)
+
+
 def test_docstrings_are_prose_and_the_same_every_time():
     a = list(texts_of := corpus.docstrings(["peft"]))
     assert a == list(corpus.docstrings(["peft"])) and len(a) > 300 and texts_of is not None
