@@ -137,18 +137,22 @@ def read_backbone(name, attention, dtype=torch.float32, option="--backbone"):
     """-> (causal language model, tokenizer), checked to have the attention asked for. Error, naming the
     option, on anything else."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import find_adapter_config_file
     quiet()
     folder = resolve(name, option)
     where = f"folder {name}" if Path(folder).exists() else (
         f"{name} (no such folder; a hub id needs a network)")
     try:
+        if find_adapter_config_file(folder):                           # transformers would add it, unasked
+            raise Error(f"{option}: expected a whole model, but {where} holds an adapter: merge it into its "
+                        "model first (merge_and_unload of peft), or remove adapter_config.json")
         settings = AutoConfig.from_pretrained(folder)
         for part in (settings, settings.get_text_config()):            # of a model that also sees: its own
             part.is_causal = attention == "causal"                    # the documented switch; checked below
         model, info = AutoModelForCausalLM.from_pretrained(folder, config=settings, dtype=dtype,
                                                            output_loading_info=True)
         tok = AutoTokenizer.from_pretrained(folder, padding_side="right")
-    except torch.OutOfMemoryError:
+    except (Error, torch.OutOfMemoryError):
         raise
     except Exception as e:                                             # each library has types of its own
         raise Error(f"{option}: expected a causal language model; {where} can not be read: "
@@ -162,15 +166,51 @@ def read_backbone(name, attention, dtype=torch.float32, option="--backbone"):
                     f"entries and the embedding {rows}")
     if tok.pad_token_id is None:
         tok.pad_token = tok.eos_token or tok.convert_ids_to_tokens(0)    # never attended to: any id will do
-    check_attention(model.eval(), attention, option)
+    name, todo = model.config.model_type, "--attention causal" if attention == "bidirectional" else "another"
+    if model.base_model is model:                                      # nothing to call for states alone
+        raise Error(f"{option}: expected a model whose states can be had without its head, got {name}: pass "
+                    "another")
+    try:
+        check_attention(model.eval(), attention, option)
+    except (Error, torch.OutOfMemoryError):
+        raise
+    except Exception as e:                                             # some fail without their causal mask
+        raise Error(f"{option}: expected a model that runs with {attention} attention, but {name} fails "
+                    f"({why(e)}): pass {todo}") from None
+    text = model.config.get_text_config()
+    kinds = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or ()
+    if attention == "bidirectional":
+        say_what_stays_causal(name, tuple(kinds))
     return model, tok
+
+
+@functools.lru_cache                                                   # once, though a run loads it twice
+def say_what_stays_causal(name, kinds):
+    causal = [kind for kind in kinds if "attention" not in kind or kind == "linear_attention"]
+    if causal:
+        print(f"{name}: {len(kinds) - len(causal)} of {len(kinds)} layers look both ways; the others "
+              f"({', '.join(sorted(set(causal)))}) have no attention to change and stay causal", flush=True)
+
+
+def add_adapters(model, settings):
+    import peft
+    try:
+        return peft.get_peft_model(model, settings)
+    except ValueError as e:                                     # Mamba computes without calling its maps
+        raise Error(f"--lora-rank: expected a model whose linear maps all take adapters, got "
+                    f"{model.config.model_type} ({why(e)}): pass --lora-rank 0") from None
+
+
+def positions(model):
+    """How many tokens the model can read at once."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
 
 
 def usable_length(model, config):
     """How many tokens of a text are read in use. OURS: 256 even where training saw less, if the model can."""
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
-    if config.max_length > positions:
-        raise Error(f"--max-length: expected at most {positions}, the positions of {config.backbone}, "
+    most = positions(model)
+    if config.max_length > most:
+        raise Error(f"--max-length: expected at most {most}, the positions of {config.backbone}, "
                     f"got {config.max_length}")
     return min(max(config.max_length, 256), positions)
 

@@ -165,6 +165,18 @@ def test_bad_backbones(backbone, tmp_path, tok):
         load_backbone("nobody/nothing", "causal")
 
 
+def test_adapters_are_refused(backbone, tmp_path):
+    """transformers would add the adapter to the model in the same folder and freeze all weights."""
+    import peft
+    model, _ = load_backbone(str(backbone), "causal")
+    whole = shutil.copytree(backbone, tmp_path / "whole")
+    adapter = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules="all-linear"))
+    for folder in (whole, tmp_path / "alone"):
+        adapter.save_pretrained(folder)
+        with pytest.raises(Error, match="--init: expected a whole model, .* holds an adapter: merge it"):
+            load_backbone(str(folder), "causal", option="--init")
+
+
 def test_encoders_are_refused(tmp_path, tok):
     import transformers as tf
     bert = tf.BertForMaskedLM(tf.BertConfig(vocab_size=500, hidden_size=32, num_hidden_layers=1,
