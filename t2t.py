@@ -97,7 +97,8 @@ from tqdm import tqdm
 from build_ext import compiled
 from plumbing import folders
 from plumbing.arguments import check_targets, scatter_targets, settle  # noqa: F401 (re-exported)
-from plumbing.backbones import check_head, fetched, identity_of, origin, read_backbone, usable_length
+from plumbing.backbones import (add_adapters, check_head, fetched, identity_of, origin, positions,
+                                read_backbone, usable_length)
 from plumbing.baselines import mntp, simcse, token_entropy
 from plumbing.cache import cached, hash_of, source_hash
 from plumbing.corpus import blocks, is_unspaced, tokenize, tokenize_corpus, tokenizer_hash
@@ -295,7 +296,8 @@ def predict(ids, model, tok):
     before, after = ONE_WORD.split("{}")
     before, after = tok(before)["input_ids"], tok(after, add_special_tokens=False)["input_ids"]
     special, H = set(tok.all_special_ids), head(model)
-    rows = [before + [i for i in row.tolist() if i not in special] + after for row in ids]
+    room = positions(model) - len(before + after)                      # a text is cut, the question is not
+    rows = [before + [i for i in row.tolist() if i not in special][:room] + after for row in ids]
     out = torch.empty(len(rows), len(H.weight))
     for part in blocks(sorted(range(len(rows)), key=lambda n: len(rows[n])), 32):          # of like lengths
         some, mask = pad([rows[n] for n in part], tok.pad_token_id, model.device)
@@ -505,8 +507,9 @@ class Embedder:
         facts = folders.read_facts(folder)
         used = facts.get("config", {})
         model, tok = load_backbone(str(folder), used.get("attention", "causal"))
-        return cls(model.to(device), tok, used.get("pooling", "mean"), facts.get("max_length", 512),
-                   facts.get("scale", 1.0), folders.read_mean(folder))
+        length = min(facts.get("max_length", 512), positions(model))
+        return cls(model.to(device), tok, used.get("pooling", "mean"), length, facts.get("scale", 1.0),
+                   folders.read_mean(folder))
 
     def encode(self, texts, batch_size=64):
         """list of N str -> (N,C) float32, rows of length 1. A text without a token gives zeros."""
@@ -609,7 +612,7 @@ def make_trainable(model, rank, seed):
     if rank:
         torch.manual_seed(seed)
         lora = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
-        model = peft.get_peft_model(model, lora)
+        model = add_adapters(model, lora)
     for part in (model.get_input_embeddings(), model.get_output_embeddings()):
         part.requires_grad_(False)
     return model

@@ -212,7 +212,7 @@ def usable_length(model, config):
     if config.max_length > most:
         raise Error(f"--max-length: expected at most {most}, the positions of {config.backbone}, "
                     f"got {config.max_length}")
-    return min(max(config.max_length, 256), positions)
+    return min(max(config.max_length, 256), most)
 
 
 @torch.no_grad()

@@ -177,6 +177,49 @@ def test_adapters_are_refused(backbone, tmp_path):
             load_backbone(str(folder), "causal", option="--init")
 
 
+def save(model, tok, folder):
+    model.save_pretrained(folder)
+    tok.save_pretrained(folder)
+    return str(folder)
+
+
+def test_what_an_architecture_cannot_do_is_one_line(tmp_path, tok, capsys):
+    """llama4_text gives no states without its head, mpt fails without a causal mask, mamba takes no adapters
+    on all its maps, and of lfm2 only the attention looks both ways."""
+    import transformers as tf
+    small = dict(vocab_size=520, hidden_size=32, num_hidden_layers=2)
+    heads = dict(intermediate_size=64, num_attention_heads=4, num_key_value_heads=2)
+    llama4 = tf.Llama4ForCausalLM(tf.Llama4TextConfig(**small, **heads, intermediate_size_mlp=64, head_dim=8,
+                                                      num_local_experts=2))
+    with pytest.raises(Error, match="states can be had without its head, got llama4_text"):
+        load_backbone(save(llama4, tok, tmp_path / "llama4"), "causal")
+    mpt = save(tf.MptForCausalLM(tf.MptConfig(vocab_size=520, d_model=32, n_heads=4, n_layers=2)), tok,
+               tmp_path / "mpt")
+    load_backbone(mpt, "causal")
+    with pytest.raises(Error, match="pass --attention causal"):
+        load_backbone(mpt, "bidirectional")
+    mamba = tf.MambaForCausalLM(tf.MambaConfig(**small, state_size=4))
+    with pytest.raises(Error, match="got mamba .*: pass --lora-rank 0"):
+        t2t.make_trainable(mamba, 2, 0)
+    lfm2 = tf.Lfm2ForCausalLM(tf.Lfm2Config(**small, **heads, layer_types=["conv", "full_attention"]))
+    for _ in range(2):
+        load_backbone(save(lfm2, tok, tmp_path / "lfm2"), "bidirectional")
+    assert capsys.readouterr().out.count("lfm2: 1 of 2 layers look both ways; the others (conv)") == 1
+
+
+def test_a_model_of_few_positions(tmp_path, tok):
+    """What does not fit is cut: in use, and after the question by which a model makes targets."""
+    import transformers as tf
+    torch.manual_seed(0)
+    tf.GPT2LMHeadModel(tf.GPT2Config(vocab_size=520, n_embd=32, n_layer=2, n_head=4, n_positions=64)
+                       ).save_pretrained(tmp_path)
+    tok.save_pretrained(tmp_path)
+    e = Embedder.load(tmp_path)
+    assert e.max_length == 64 and np.isfinite(e.encode([" ".join(sentences(9))])).all()
+    ids = [np.arange(60) + 200]
+    assert t2t.predict(ids, e.model, e.tok).isfinite().all()
+
+
 def test_encoders_are_refused(tmp_path, tok):
     import transformers as tf
     bert = tf.BertForMaskedLM(tf.BertConfig(vocab_size=500, hidden_size=32, num_hidden_layers=1,
