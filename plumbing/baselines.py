@@ -17,25 +17,43 @@ def simcse(batch, forward, model, dropout=0.3, temperature=0.05):
         L = -mean_b log softmax_b'(cos(h_b, h'_b') / temperature)[b]      h, h': two readings, two dropouts
 
     Every text is told from all others of its batch, so the graph of the whole batch is held at once."""
-    attention = [m for m in model.modules()
-                 if isinstance(getattr(m, "attention_dropout", None), (int, float))]
-    if not attention:
-        raise Error("--method simcse: expected a model with attention dropout, got "
-                    f"{model.config.model_type}")
+    attention = set_attention_dropout(model, dropout)
     for m in attention:
-        m.attention_dropout, m.training = dropout, True
-    h, other = (F.normalize(torch.cat([forward(*part)[1] for part in batch]), dim=1)                 # (B,C)
-                for _ in range(2))
+        m.training = True
+    h, other = (torch.cat([forward(*part)[1] for part in batch]) for _ in range(2))                  # (B,C)
     for m in attention:
         m.training = False
+    if len(h) < 2:
+        raise Error("--corpus: expected two texts or more for simcse to tell apart, got one: pass more texts")
+    if torch.equal(h, other):                                          # nothing was dropped
+        raise Error("--method simcse: expected a model whose attention dropout can be set, got "
+                    f"{model.config.model_type}: pass another --backbone or --method")
+    h, other = F.normalize(h, dim=1), F.normalize(other, dim=1)
     L = F.cross_entropy(h @ other.T / temperature, torch.arange(len(h), device=h.device))
     yield L
+
+
+def set_attention_dropout(model, rate):
+    """-> the modules that drop out attention, each now at this rate. Architectures have many names for it."""
+    found = []
+    for m in model.modules():
+        plain = ["dropout"] * ("Attention" in type(m).__name__)        # elsewhere it is of other things
+        for name in ("attention_dropout", "attn_dropout", "attn_dropout_p", *plain):
+            value = getattr(m, name, None)
+            if isinstance(value, torch.nn.Dropout):
+                value.p = rate
+                found += [m, value]
+            elif isinstance(value, (int, float)):
+                setattr(m, name, rate)
+                found.append(m)
+    return found
 
 
 def mntp(batch, forward, H, tok, share=0.2):
     """Baseline: masked next-token prediction. Some tokens are replaced by `_`; the state *before* such a
     place, from which the pretrained model already predicts, tells what stood there. arXiv 2404.05961."""
-    mask_id, device = tok("_", add_special_tokens=False)["input_ids"][-1], batch[0][0].device
+    blank = tok("_", add_special_tokens=False)["input_ids"] or [tok.pad_token_id]    # not all have a `_`
+    mask_id, device = blank[-1], batch[0][0].device
     special = torch.tensor(tok.all_special_ids, device=device)
     hidden = [(torch.rand(ids.shape) < share).to(device) & (mask > 0) & ~torch.isin(ids, special)
               for ids, mask in batch]                                                           # (b,T) each

@@ -1,4 +1,5 @@
 """The baselines in the loop, the measured scale: by hand, as invariants, and resumed bit for bit."""
+import itertools
 import json
 import math
 from pathlib import Path
@@ -29,7 +30,8 @@ def test_simcse_by_hand():
     h = torch.tensor([[3.0, 0.0], [0.0, 0.5]], requires_grad=True)
     for parts in ([(0, 2)], [(0, 1), (1, 2)]):                       # in one part or two: the same loss
         model = Fixed().eval()
-        [L] = t2t.simcse(parts, lambda a, b: (None, h[a:b]), model, 0.3, 0.5)
+        longer = itertools.count(1)                                # lengths do not matter
+        [L] = t2t.simcse(parts, lambda a, b: (None, next(longer) * h[a:b]), model, 0.3, 0.5)
         assert_close(L, torch.tensor(math.log1p(math.exp(-2))), rtol=1e-6, atol=0)
         assert not model.training and model.attention_dropout == 0.3
     other = iter([h, h.flip(0)])                                  # second reading swapped: cosines 0 and 1
@@ -58,7 +60,30 @@ def test_attention_dropout_is_on_only_inside(backbone):
     assert not torch.allclose(seen[0], seen[1])
     assert_close(t2t.hidden_states(model, ids, mask), t2t.hidden_states(model, ids, mask), rtol=0, atol=0)
     with pytest.raises(Error, match="attention dropout"):
-        list(t2t.simcse([], forward, _without_dropout(), 0.1, 0.05))
+        list(t2t.simcse([(ids, mask)], forward, _without_dropout(), 0.1, 0.05))
+    with pytest.raises(Error, match="two texts or more"):
+        list(t2t.simcse([(ids[:1], mask[:1])], forward, model, 0.5, 0.05))
+
+
+@pytest.mark.parametrize("kind, settings", [
+    ("GPT2", dict(n_embd=32, n_layer=2, n_head=4, attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0)),
+    ("OPT", dict(hidden_size=32, word_embed_proj_dim=32, ffn_dim=64, num_hidden_layers=2, dropout=0.0,
+                 num_attention_heads=4)),
+    ("Bloom", dict(hidden_size=32, n_layer=2, n_head=4)),
+    ("BioGpt", dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+                    hidden_dropout_prob=0.0)),
+    ("Mpt", dict(d_model=32, n_heads=4, n_layers=2, expansion_ratio=2))])
+def test_attention_dropout_has_many_names(kind, settings):
+    import transformers as tf
+    torch.manual_seed(0)
+    model = getattr(tf, kind + "ForCausalLM")(getattr(tf, kind + "Config")(vocab_size=99, **settings)).eval()
+    ids, mask = t2t.pad([[1, 40, 50, 60], [1, 70, 80]], 0)
+    read = lambda: t2t.pool(t2t.hidden_states(model, ids, mask), mask, "mean")
+    with torch.no_grad():
+        before = read()
+        [L] = t2t.simcse([(ids, mask)], lambda *_: (None, read()), model, 0.5, 0.05)
+        assert_close(read(), before, rtol=0, atol=0)                  # off again
+    assert L.isfinite()
 
 
 def _without_dropout():
@@ -98,6 +123,19 @@ def test_mntp_reads_the_state_before_the_gap():
     torch.manual_seed(0)
     [L] = t2t.mntp([(ids, mask)], knows(0), H, Underscore(), 0.5)
     assert L > 30                                                     # 50 minus what repeats by chance
+
+
+def test_mntp_without_an_underscore():
+    """A tokenizer whose vocabulary lacks `_` and drops what it does not know: the blank is its padding."""
+    class Tok(Underscore):
+        pad_token_id = 10
+
+        def __call__(self, text, add_special_tokens):
+            return {"input_ids": []}
+    ids, given = torch.tensor([[1, 5, 6, 7, 8, 2, 9]]), []
+    forward = lambda x, m: (given.append(x) or torch.zeros(1, 7, 12), None)
+    list(t2t.mntp([(ids, torch.ones_like(ids))], forward, Head(torch.eye(12), None), Tok(), 0.9))
+    assert set(given[0][given[0] != ids].tolist()) == {10}
 
 
 # ------------------------------------------------------------------------------------------------- the loss
