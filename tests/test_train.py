@@ -405,8 +405,8 @@ def fails(capsys, **more):
 
 
 def test_bad_input_ends_in_one_line(backbone, texts_file, tmp_path, capsys):
-    good = dict(backbone=str(backbone), out=str(tmp_path / "out"), steps=1, batch_size=4, top_k=4,
-                device="cpu")
+    good = dict(backbone=str(backbone), out=str(tmp_path / "out"), method="data", steps=1, batch_size=4,
+                top_k=4, device="cpu")
     assert "does not exist" in fails(capsys, **good, corpus="nowhere.txt")
     (tmp_path / "empty.txt").write_text("")
     assert "expected at least one text" in fails(capsys, **good, corpus=str(tmp_path / "empty.txt"))
