@@ -27,7 +27,8 @@ from itertools import combinations
 from pathlib import Path
 
 from plumbing.cache import write_json, write_whole
-from plumbing.cli import Error  # no mteb or torch up here: --help and wrong arguments answer at once
+from plumbing.cli import Error
+# no mteb or torch up here: --help and wrong arguments answer at once
 
 BENCHMARK = "MTEB(eng, v2)"
 BARE_LENGTH = 512  # tokens: usual for LM embedders on MTEB; a bare LM names no limit but its positions
@@ -96,15 +97,24 @@ def load(path, device="auto"):
     except Exception as error:  # truncated weights, a broken tokenizer, shapes that do not fit
         refusal = Error(f"expected a model that loads in {path}, got {brief(error)}; copy it again")
         raise error if isinstance(error, Error) else refusal from None
+    model[0].register_forward_pre_hook(lambda module, args: some_token(*args))
     if not all(bool(weight.isfinite().all()) for weight in model.parameters()):
         raise Error(f"expected finite weights in {path}, got NaN or infinity; use an earlier checkpoint")
     return model.eval()
+
+def some_token(batch, *_):
+    """Texts without a single token, in a batch of their own, are one of padding: models fail on no tokens."""
+    if "input_ids" in batch and not batch["input_ids"].numel():
+        empty = batch["input_ids"].new_zeros(len(batch["input_ids"]), 1).long()
+        batch.update(input_ids=empty, attention_mask=empty)
 
 def read_bare(folder, path):
     """[Transformer, mean Pooling] of a causal LM without sentence-transformers files."""
     from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
     from transformers import AutoConfig, AutoModel
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    if (folder / "adapter_config.json").is_file():  # transformers would add it, unasked
+        raise Error(f"expected a whole model in {path}, got an adapter too; merge it into the model first")
     config = AutoConfig.from_pretrained(folder)
     kinds = config.architectures or ["no architecture"]
     if not set(kinds) & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()):

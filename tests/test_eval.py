@@ -324,6 +324,17 @@ def test_bare_lm_is_causal_and_padding_does_not_move_it(bare, tmp_path):
         assert (one[:, 3] - two[:, 3]).abs().max() > 1e-3
 
 
+def test_texts_without_a_token():
+    """In a batch of their own, of a tokenizer that adds no token: one of padding. Others stay as they are."""
+    import torch
+    none = {"input_ids": torch.zeros(2, 0), "attention_mask": torch.zeros(2, 0)}
+    some = {"input_ids": torch.ones(2, 3), "attention_mask": torch.ones(2, 3)}
+    ev.some_token(none)
+    ev.some_token(some)
+    assert none["input_ids"].dtype == torch.long and none["attention_mask"].tolist() == [[0], [0]]
+    assert some["input_ids"].shape == (2, 3)
+
+
 def test_sentence_transformers_folder_gives_its_own_vectors(bare, tmp_path):
     import torch
     from sentence_transformers import SentenceTransformer
