@@ -27,7 +27,7 @@ from itertools import combinations
 from pathlib import Path
 
 from plumbing.cache import write_json, write_whole
-from plumbing.cli import Error
+from plumbing.cli import Error, print_anything
 # no mteb or torch up here: --help and wrong arguments answer at once
 
 BENCHMARK = "MTEB(eng, v2)"
@@ -449,6 +449,7 @@ def main(argv=None):
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--sparse", action="store_true", help="compare sparse vectors, dense ones and BM25")
     args = parser.parse_args(argv)
+    print_anything()
     try:
         if args.batch_size < 1:
             raise Error(f"expected a positive number for --batch-size, got {args.batch_size}; try 32")

@@ -106,7 +106,8 @@ def prune():
 def write_whole(path, text):
     """Write a text file beside its place, then rename it: the old one or the new, never a half."""
     beside = path.with_name(path.name + ".partial")
-    beside.write_text(text, "utf-8")
+    # names of files come as half characters where the locale is not UTF-8; they are the same bytes again
+    beside.write_text(text, "utf-8", "surrogateescape")
     os.replace(beside, path)
 
 

@@ -2,13 +2,15 @@
 import argparse
 import dataclasses
 import math
+import os
 import re
 import shlex
+import shutil
 import signal
 import sys
 import typing
 
-from plumbing.cache import cache_summary
+from plumbing.cache import cache_root, cache_summary
 
 
 class Error(ValueError):
@@ -24,8 +26,15 @@ def kind(field):
     return (typing.get_args(field.type) or (field.type,))[0]
 
 
+def print_anything():
+    """A console that is not UTF-8 shows ? for what it does not know: a run must not end by what it prints."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")
+
+
 def parse(Config, doc):
     """The command line -> Config, a dataclass of settings."""
+    print_anything()
     signal.signal(signal.SIGINT, signal.SIG_DFL)                       # Ctrl-C amid imports: no traceback
     cache = cache_summary() if {"-h", "--help"} & set(sys.argv) else None
     parser = argparse.ArgumentParser(prog="t2t.py", description=doc.split("\n")[0], epilog=cache,
@@ -85,7 +94,9 @@ def run_command(train, config):
     except KeyboardInterrupt as e:
         end(str(e) or f"interrupted; if {config.out}/state/last.pt exists, --resume goes on from there", 130)
     except OSError as e:
-        end(f"expected to read and write files, but {e.filename or config.out}: {e.strerror or e}")
+        where = e.filename or " and ".join(f"{folder} ({shutil.disk_usage(folder).free / 1e6:,.0f} MB free)"
+                                           for folder in (config.out, cache_root()) if os.path.exists(folder))
+        end(f"expected to read and write files, but {where}: {e.strerror or e}")
     except (RuntimeError, MemoryError) as e:
         if not isinstance(e, MemoryError) and not re.search("(out of|enough|allocate) memory", str(e)):
             raise

@@ -80,17 +80,18 @@ def save_state(out, config, model, optimizer, run, corpus_hash):
     file = out / "state" / "last.pt"
     state = {"identity": identity(config, corpus_hash), "run": run, "optimizer": optimizer.state_dict(),
              "weights": {n: p for n, p in model.named_parameters() if p.requires_grad}}
-    with writing(out):
-        torch.save(state, f"{file}.new")
+    with writing(out, Path(f"{file}.new")) as new, open(new, "wb") as stream:    # torch may not know its name
+        torch.save(state, stream)
     os.replace(f"{file}.new", file)
 
 
 @contextlib.contextmanager
-def writing(folder):
-    """torch and safetensors have types of their own for a full disk: one line instead."""
+def writing(folder, new):
+    """A full disk: one line, and no half of `new`. torch and safetensors have types of their own for it."""
     try:
-        yield
-    except (RuntimeError, SafetensorError) as e:
+        yield new
+    except (OSError, RuntimeError, SafetensorError) as e:
+        shutil.rmtree(new) if new.is_dir() else new.unlink(missing_ok=True)
         free = shutil.disk_usage(folder).free / 1e6
         raise Error(f"--out: expected to write in {folder}, where {free:,.0f} MB are free: "
                     f"{' '.join(str(e).split())[:100]}") from None
@@ -137,7 +138,7 @@ def save(out, embedder, config, facts):
     for leftover in (new, aside):
         shutil.rmtree(leftover, ignore_errors=True)
     new.mkdir(parents=True)
-    with writing(new):
+    with writing(out, new):
         embedder.model.cpu().float().save_pretrained(new)
         embedder.tok.save_pretrained(new)
         shared = [f for f in new.iterdir() if f.is_file()]        # weights, config and tokenizer
@@ -148,7 +149,7 @@ def save(out, embedder, config, facts):
             save_file({"mean": embedder.mean}, new / "mean.safetensors")
     facts = facts | {"ours": ours(config), "versions": versions()}
     write_json(new / "t2t.json", facts)
-    (new / "README.md").write_text(model_card(config, facts), "utf-8")
+    write_whole(new / "README.md", model_card(config, facts))
     if (out / "state" / "log.jsonl").exists():
         shutil.copy(out / "state" / "log.jsonl", new)
     out.rename(aside)

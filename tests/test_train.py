@@ -449,6 +449,40 @@ def test_a_full_disk_ends_in_one_line(backbone, texts_file, tmp_path, capsys, mo
                                     out=str(tmp_path / "o"), steps=1, top_k=4, batch_size=4)
 
 
+def test_a_file_may_not_grow(backbone, texts_file, tmp_path):
+    """The state, and then the checkpoint, larger than a file may be: one line, and nothing half-written."""
+    code = """if True:
+        import resource, sys, torch, t2t
+        limit = int(sys.argv.pop(1))
+        config = t2t.parse(t2t.Config, t2t.__doc__)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        t2t.run_command(t2t.train, config)"""
+    for limit, method in (60_000, "data"), (60_000, "none"):
+        args = ["--backbone", backbone, "--out", tmp_path / method, "--device", "cpu", "--method", method]
+        few = ["--corpus", texts_file, "--steps", 1, "--batch-size", 4, "--lora-rank", 0, "--top-k", 4]
+        args += few * (method == "data")
+        done = subprocess.run([sys.executable, "-c", code, str(limit), *map(str, args)], cwd=ROOT, text=True,
+                              capture_output=True)
+        errors = [line for line in done.stderr.splitlines() if line.startswith("t2t.py: error: ")]
+        assert done.returncode == 2 and len(errors) == 1 and "Traceback" not in done.stderr, done.stderr
+        assert f"--out: expected to write in {tmp_path / method}, where" in errors[0], errors
+        left = [f.name for f in tmp_path.rglob("*") if "new" in f.name]
+        assert not left
+
+
+def test_a_console_that_is_not_utf8(backbone, tmp_path):
+    """A corpus with a Cyrillic name: a checkpoint, whose card has the name, and no error from printing it."""
+    corpus = tmp_path / "собаки.txt"
+    corpus.write_text("\n".join(sentences(40)) + "\nСобака и кошка.\n", "utf-8")
+    out = tmp_path / "out"
+    command = [sys.executable, "t2t.py", "--backbone", backbone, "--corpus", corpus, "--out", out,
+               "--steps", "1", "--top-k", "4", "--batch-size", "4", "--device", "cpu"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True,
+                          env=os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0"})
+    assert done.returncode == 0, done.stderr
+    assert "собаки.txt" in (out / "README.md").read_text("utf-8")
+
+
 def test_out_of_memory_names_the_flag(backbone, texts_file, tmp_path, capsys, monkeypatch):
     def no_memory(*a, **k):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
