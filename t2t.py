@@ -350,7 +350,7 @@ def method_targets(config, tokens, words, model, tok):
 
     def both(ids):
         # OURS: an even mixture, K/2 tokens from each side; a token on both sides has both weights
-        sides = (data_targets(ids, words, idf, K // 2, temperature),
+        sides = (data_targets(ids, words, idf, K - K // 2, temperature),
                  model_targets(predict(ids, model, tok), usual, words, K // 2, temperature))
         i, p = (torch.from_numpy(np.concatenate(x, 1)) for x in zip(*sides))
         return [x.numpy() for x in coalesce(i, p / p.sum(1, keepdim=True).clamp_min(1e-30))]

@@ -222,3 +222,15 @@ def test_top_k_above_the_vocabulary(tok, texts_file):
     tokens = tokenize_corpus(str(texts_file), tok, 128)
     with pytest.raises(Error, match="--top-k: expected at most the size of the vocabulary, 500, got 501"):
         build_targets(Config(method="data", top_k=501), tokens, words, None, tok)
+
+
+@pytest.mark.parametrize("K", [1, 2, 3])
+def test_few_targets_from_both_sides(tok, texts_file, backbone, K):
+    """An odd K gives one more token to the words of the text; with K = 1 all is theirs."""
+    model, _ = t2t.load_backbone(str(backbone), "causal")
+    words, tokens = read_vocabulary(tok, len(tok)), tokenize_corpus(str(texts_file), tok, 64)
+    config = Config(backbone=str(backbone), corpus=str(texts_file), method="both", top_k=K, steps=1,
+                    batch_size=4)
+    q = build_targets(config, tokens, words, model, tok)
+    np.testing.assert_allclose(q.probs.sum(1), 1, rtol=1e-5)
+    assert ((q.indices >= 0).sum(1) <= K).all() and (q.indices[:, 0] >= 0).all()
