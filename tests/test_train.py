@@ -25,7 +25,8 @@ ROOT = Path(t2t.__file__).parent
 def config(backbone, texts_file, out, **more):
     """Small, and in float32 on all weights, where two runs that should agree do so to the last bit."""
     base = dict(backbone=str(backbone), corpus=str(texts_file), out=str(out), method="data", steps=6,
-                batch_size=16, lr=4e-3, lora_rank=0, max_length=64, save_every=2, device="cpu", dtype="float32")
+                batch_size=16, lr=4e-3, lora_rank=0, max_length=64, save_every=2, device="cpu",
+                dtype="float32")
     if more.get("method", "data") in t2t.TARGETS:
         base["top_k"] = 8
     return Config(**{**base, **more})
