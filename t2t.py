@@ -36,7 +36,7 @@ def setting(default, doc, methods=ALL, choices=None, least=None):
 
 @dataclass(frozen=True)
 class Config:
-    """Every setting of a run. The command line is made from these fields: a default stands in one place.
+    """Every setting of a run. OURS: all defaults. The command line is made from these fields.
     `lr` None and every "auto" are replaced by real values once, in `settle`, before anything is used."""
     backbone: str = setting("smollm2", "causal language model: smollm2, a folder, a .gguf file, a hub id")
     method: str = setting("both", "targets: words of the text, of the model, both; a baseline", ALL, ALL)
@@ -361,7 +361,8 @@ def build_targets(config, tokens, words, model, tok, target_fn=None):
     """-> Targets, made once and kept on disk. `model` is the backbone, frozen and causal; target_fn: an
     experiment's own function, list of n id arrays -> indices (n,k), probs (n,k)."""
     N, V, K = len(tokens), len(words.canonical_id), config.top_k
-    # bucketed_batch shuffles the texts of whole buckets
+    # a bucket of 16 batches is sorted by length (bucketed_batch), so a run that ends inside one may read any
+    # text of it; beyond one epoch, all texts are read
     n = math.ceil(config.steps / BUCKET) * BUCKET * config.batch_size
     texts = np.sort(epoch_permutation(config.seed, 0, N)[:n])
 
@@ -376,7 +377,7 @@ def build_targets(config, tokens, words, model, tok, target_fn=None):
                 i, p = make([tokens[t] for t in texts[rows]])                                        # (n,k)
                 if i.shape[1] > K:
                     raise Error(f"targets: expected at most top_k = {K} tokens a text, got {i.shape[1]}")
-                i = np.where(p > 0, i, -1)                             # a row counts if it has an index
+                i, p = np.where(p > 0, i, -1), np.where(i >= 0, p, 0)  # target_loss counts rows with an index
                 indices[rows, :i.shape[1]], probs[rows, :i.shape[1]] = i, p
                 mean += np.bincount(i[i >= 0], p[i >= 0], V)
                 negative_entropy += (p * np.log(np.maximum(p, 1e-30))).sum(dtype=np.float64)
@@ -398,9 +399,10 @@ def build_targets(config, tokens, words, model, tok, target_fn=None):
         with tempfile.TemporaryDirectory() as folder:
             write(Path(folder))
             return load(Path(folder), None)
-    made_by = source_hash(STOP, ONE_WORD, str(SAMPLE), is_unspaced, is_letter, read_vocabulary, find_words,
-                          document_frequency, epoch_permutation.__wrapped__, Head, head, hidden_states, pool,
-                          coalesce, data_targets, predict, model_targets, method_targets, build_targets)
+    # the source text of all that makes targets: an edit makes them anew (__wrapped__: without lru_cache)
+    made_by = source_hash(sorted(STOP), ONE_WORD, str(SAMPLE), is_unspaced, is_letter, read_vocabulary,
+                          find_words, document_frequency, epoch_permutation.__wrapped__, Head, head,
+                          hidden_states, pool, coalesce, data_targets, predict, model_targets, method_targets, build_targets)
     of_model = config.method != "data" and (str(model.dtype), identity_of(config.backbone), config.seed)
     return load(cached("targets", hash_of(made_by, tokens.folder.name, config.method, K, config.temperature,
                                           texts.tolist(), of_model), write))
@@ -632,7 +634,8 @@ def measure_scale(h, H, indices, probs):
 
 
 def fit(model, embedder, config, *, out, tokens, q, on_step):
-    """The training loop -> facts. peft has put the adapters into embedder.model; `model` wraps it."""
+    """The training loop -> facts, which the checkpoint records. With LoRA, peft has put the adapters into
+    embedder.model, and `model` wraps it; with rank 0 they are one object."""
     core, tok, device = embedder.model, embedder.tok, config.device
     H, B, lengths = head(core), min(config.batch_size, len(tokens)), tokens.lengths
     params = [p for p in model.parameters() if p.requires_grad]
@@ -709,7 +712,7 @@ def fit(model, embedder, config, *, out, tokens, q, on_step):
         folders.save_state(out, config, model, optimizer, run, tokens.hash)
     if run["step"] < config.steps:
         raise KeyboardInterrupt(f"stopped after step {run['step']}: the same command with --resume goes on")
-    last = (out / "state" / "log.jsonl").read_text().splitlines()[-BUCKET:]  # a bucket has all lengths
+    last = (out / "state" / "log.jsonl").read_text().splitlines()[-BUCKET:]  # a bucket: all lengths
     return {"loss": np.mean([json.loads(line)["loss"] for line in last]).item(),
             "constant_loss": constant_loss, "texts": len(tokens), "texts_seen": config.steps * B,
             "train_seconds": round(run["seconds"], 1), "earlier_seconds": earlier,
@@ -741,6 +744,8 @@ def train(config, targets=None, on_step=None):
     on_step: function(step, embedder), called after every step"""
     began, asked = time.time(), checked(config)
     config = settle(asked)
+    if targets and config.resume:
+        raise Error("--resume: expected the targets of --method, got a function: start again")
     out = None if config.show_targets else folders.start(config)
     dtype, trains = getattr(torch, config.dtype), config.method != "none"
 
@@ -781,7 +786,8 @@ def train(config, targets=None, on_step=None):
         embedder.model = whole.merge_and_unload()
     embedder.model.cpu()
     began -= facts.pop("earlier_seconds", 0)                           # the time of interrupted runs counts
-    return finish(out, embedder, config, before=before, began=began, command=command_line(asked), **facts)
+    return finish(out, embedder, config, before=before, began=began, command=command_line(asked),
+                  custom_targets=targets is not None, **facts)
 
 
 if __name__ == "__main__":

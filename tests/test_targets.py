@@ -1,6 +1,10 @@
 """What counts as a word, and the targets made from them: worked by hand, and their invariants."""
 import math
+import os
+import subprocess
+import sys
 import unicodedata
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -234,3 +238,15 @@ def test_few_targets_from_both_sides(tok, texts_file, backbone, K):
     q = build_targets(config, tokens, words, model, tok)
     np.testing.assert_allclose(q.probs.sum(1), 1, rtol=1e-5)
     assert ((q.indices >= 0).sum(1) <= K).all() and (q.indices[:, 0] >= 0).all()
+
+
+def test_targets_are_found_by_another_process(backbone, texts_file, tmp_path):
+    """The key of the cache does not depend on the process: strings hash otherwise in each."""
+    code = ("import sys, t2t; c = t2t.Config(backbone=sys.argv[1], corpus=sys.argv[2], method='data', top_k=4);"
+            "m, tok = t2t.load_backbone(c.backbone, 'causal'); w = t2t.read_vocabulary(tok, len(tok));"
+            "t2t.build_targets(c, t2t.tokenize_corpus(c.corpus, tok, 64), w, m, tok)")
+    for seed in ("1", "2"):
+        subprocess.run([sys.executable, "-c", code, str(backbone), str(texts_file)], check=True,
+                       cwd=Path(t2t.__file__).parent,
+                       env=os.environ | {"PYTHONHASHSEED": seed, "T2T_CACHE": str(tmp_path)})
+    assert len(list(tmp_path.glob("targets-*"))) == 1
