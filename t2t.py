@@ -402,7 +402,8 @@ def build_targets(config, tokens, words, model, tok, target_fn=None):
     # the source text of all that makes targets: an edit makes them anew (__wrapped__: without lru_cache)
     made_by = source_hash(sorted(STOP), ONE_WORD, str(SAMPLE), is_unspaced, is_letter, read_vocabulary,
                           find_words, document_frequency, epoch_permutation.__wrapped__, Head, head,
-                          hidden_states, pool, coalesce, data_targets, predict, model_targets, method_targets, build_targets)
+                          hidden_states, pool, coalesce, data_targets, predict, model_targets,
+                          method_targets, build_targets)
     of_model = config.method != "data" and (str(model.dtype), identity_of(config.backbone), config.seed)
     return load(cached("targets", hash_of(made_by, tokens.folder.name, config.method, K, config.temperature,
                                           texts.tolist(), of_model), write))

@@ -242,8 +242,9 @@ def test_few_targets_from_both_sides(tok, texts_file, backbone, K):
 
 def test_targets_are_found_by_another_process(backbone, texts_file, tmp_path):
     """The key of the cache does not depend on the process: strings hash otherwise in each."""
-    code = ("import sys, t2t; c = t2t.Config(backbone=sys.argv[1], corpus=sys.argv[2], method='data', top_k=4);"
-            "m, tok = t2t.load_backbone(c.backbone, 'causal'); w = t2t.read_vocabulary(tok, len(tok));"
+    code = ("import sys, t2t\n"
+            "c = t2t.Config(backbone=sys.argv[1], corpus=sys.argv[2], method='data', top_k=4)\n"
+            "m, tok = t2t.load_backbone(c.backbone, 'causal'); w = t2t.read_vocabulary(tok, len(tok))\n"
             "t2t.build_targets(c, t2t.tokenize_corpus(c.corpus, tok, 64), w, m, tok)")
     for seed in ("1", "2"):
         subprocess.run([sys.executable, "-c", code, str(backbone), str(texts_file)], check=True,
