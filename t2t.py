@@ -51,7 +51,7 @@ class Config:
     temperature: float = setting(1.0, "of the targets; a lower one makes them sharper", TARGETS, least=1e-6)
     max_length: int = setting(64, "tokens per text in training; in use 256, if the model can", least=1)
     batch_size: int = setting(32, "texts per step", TRAINED, least=1)
-    micro_batch: int = setting(8, "texts per forward pass (more if short)", (*TARGETS, "mntp"), least=1)
+    micro_batch: int = setting(8, "texts per forward pass (more if short)", TRAINED, least=1)
     steps: int = setting(80, "optimiser steps", TRAINED, least=1)
     lr: float | None = setting(None, "peak rate (default 1e-3, simcse 3e-5, mntp 3e-4)", TRAINED, least=1e-12)
     lora_rank: int = setting(16, "of LoRA; 0: all weights learn, except embedding and head", TRAINED, least=0)
@@ -640,7 +640,7 @@ def fit(model, embedder, config, *, out, tokens, q, on_step):
     core, tok, device = embedder.model, embedder.tok, config.device
     H, B, lengths = head(core), min(config.batch_size, len(tokens)), tokens.lengths
     params = [p for p in model.parameters() if p.requires_grad]
-    contrasts = config.method == "simcse"     # compares the texts of a batch: all at once, of any length
+    contrasts = config.method == "simcse"     # compares the texts of a batch: they must not be of like lengths
     # the loss of the best prediction that ignores the text
     constant_loss = q.marginal_kl if q else math.log(B) if contrasts else token_entropy(tokens, tok)
 
@@ -674,7 +674,7 @@ def fit(model, embedder, config, *, out, tokens, q, on_step):
             texts = bucketed_batch(run["step"], config.seed, lengths, B, 1 if contrasts else BUCKET)  # (B,)
             at_once = config.micro_batch * config.max_length // max(1, lengths[texts].max())
             batch = [pad([tokens[n] for n in part], tok.pad_token_id, device)
-                     for part in blocks(texts, B if contrasts else at_once)]    # list of ids, mask (b,T)
+                     for part in blocks(texts, at_once)]                # list of ids, mask (b,T)
             if contrasts:
                 losses = simcse(batch, forward, core)
             elif config.method == "mntp":

@@ -415,8 +415,8 @@ def main():
     a = p.parse_args()
     a.runs = a.runs or str(ROOT / "runs" / f"compare-{Path(a.corpus).stem}-{a.texts}")
     if unknown := set(a.only or ()) - set(TRIALS if a.tune else [*NAMES, *RUNS]):
-        known = ", ".join(TRIALS if a.tune else [*NAMES, *RUNS])
-        p.error(f"--only: expected some of {known}, got {', '.join(sorted(unknown))}")
+        known = TRIALS if a.tune else [*NAMES, *RUNS]
+        p.error(f"--only: expected some of {str([*known])[1:-1]}, got {str(sorted(unknown))[1:-1]}")
     Path(a.runs).mkdir(parents=True, exist_ok=True)
     if a.tune:
         return tune(a)

@@ -7,6 +7,7 @@ forward(ids, mask) -> x (b,T,C), h (b,C).
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint as recomputed
 
 from plumbing.cli import Error
 
@@ -16,13 +17,14 @@ def simcse(batch, forward, model, dropout=0.3, temperature=0.05):
 
         L = -mean_b log softmax_b'(cos(h_b, h'_b') / temperature)[b]      h, h': two readings, two dropouts
 
-    Every text is told from all others of its batch, so the graph of the whole batch is held at once."""
+    Every text is told from all others of its batch, but backward reads each micro-batch again, with the same
+    dropout: so one micro-batch's graph is held at once, whatever the size of the batch."""
     attention = set_attention_dropout(model, dropout)
     for m in attention:
         m.training = True
-    h, other = (torch.cat([forward(*part)[1] for part in batch]) for _ in range(2))                  # (B,C)
-    for m in attention:
-        m.training = False
+    read = lambda *part: forward(*part)[1]
+    h, other = (torch.cat([recomputed(read, *part, use_reentrant=False) for part in batch])          # (B,C)
+                for _ in range(2))
     if len(h) < 2:
         raise Error("--corpus: expected two texts or more for simcse to tell apart, got one: pass more texts")
     if torch.equal(h, other):                                          # nothing was dropped
@@ -30,7 +32,9 @@ def simcse(batch, forward, model, dropout=0.3, temperature=0.05):
                     f"{model.config.model_type}: pass another --backbone or --method")
     h, other = F.normalize(h, dim=1), F.normalize(other, dim=1)
     L = F.cross_entropy(h @ other.T / temperature, torch.arange(len(h), device=h.device))
-    yield L
+    yield L                                                            # backward runs here
+    for m in attention:
+        m.training = False
 
 
 def set_attention_dropout(model, rate):

@@ -100,8 +100,7 @@ def run_command(train, config):
     except (RuntimeError, MemoryError) as e:
         if not isinstance(e, MemoryError) and not re.search("(out of|enough|allocate) memory", str(e)):
             raise
-        size = "batch_size" if config.method == "simcse" else "micro_batch"
-        end(f"out of memory: lower {flag(size)} (now {getattr(config, size)}), or --max-length (now "
+        end(f"out of memory: lower --micro-batch (now {config.micro_batch}), or --max-length (now "
             f"{config.max_length})")
 
 

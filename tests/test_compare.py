@@ -92,7 +92,7 @@ def test_two_stages_from_nothing(data, backbone, texts_file, tmp_path, monkeypat
     monkeypatch.setattr(compare, "STS", ["STS12", "STSBenchmark"])
     args = ["compare.py", "--data-dir", data, "--corpus", str(texts_file), "--backbone", str(backbone),
             "--seeds", "1", "2", "--runs", str(tmp_path / "runs"), "--texts", "256",
-            "--tasks", "STS12", "STSBenchmark", "--only", "mntp, simcse", "data, causal"]
+            "--tasks", "STS12", "STSBenchmark", "--only", "mntp, simcse", "both, causal"]
     monkeypatch.setattr(sys, "argv", args)
     compare.main()
     facts = json.loads((tmp_path / "runs" / "compare-texts-256.json").read_text())
@@ -101,7 +101,7 @@ def test_two_stages_from_nothing(data, backbone, texts_file, tmp_path, monkeypat
     made = lambda name: json.loads((tmp_path / "runs" / name / "t2t.json").read_text())
     assert made("mntp-simcse-stage-1-1")["texts_seen"] == made("mntp-simcse-2")["texts_seen"] == 128
     assert made("mntp-simcse-2")["config"]["init"] == str(tmp_path / "runs" / "mntp-simcse-stage-1-2")
-    made = made("data-causal-1")
+    made = made("both-causal-1")
     assert made["texts_seen"] == 256
     assert made["config"]["attention"] == "causal"
     assert [r["seed"] for r in row["runs"]] == [1, 2] and row["runs"][0]["corpus_hash"] == made["corpus_hash"]

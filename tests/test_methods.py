@@ -13,6 +13,7 @@ from test_train import Stop, config, log, weights
 from torch.testing import assert_close
 
 import t2t
+from plumbing import baselines
 from plumbing.cli import Error
 from t2t import Head, train
 
@@ -46,6 +47,37 @@ def test_simcse_against_sentence_transformers():
     [L] = t2t.simcse([(0,)], lambda *_: (None, next(reads)), Fixed(), 0.1, 0.05)
     want = F.cross_entropy(cos_sim(a, b).float() * 20, torch.arange(7))
     assert_close(L.float(), want, rtol=1e-4, atol=1e-5)
+
+
+def test_simcse_reads_again_with_the_same_dropout(backbone):
+    """Backward reads each micro-batch again: the gradient is that of a graph which is held, two draws of
+    dropout and all."""
+    ids, mask = t2t.pad([[1, 40, 50, 60], [1, 70, 80], [1, 41, 51, 61], [1, 71]], 0)
+    parts = [(ids[:2], mask[:2]), (ids[2:], mask[2:])]
+
+    def gradient(held):
+        model, _ = t2t.load_backbone(str(backbone), "bidirectional")
+        graphs = []
+
+        def forward(ids, mask):
+            x = t2t.hidden_states(model, ids, mask)
+            graphs.append(x.grad_fn)
+            return x, t2t.pool(x, mask, "mean")
+        torch.manual_seed(0)
+        if held:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(baselines, "recomputed", lambda f, *part, **_: f(*part))
+                for L in t2t.simcse(parts, forward, model):
+                    L.backward()
+        else:
+            for L in t2t.simcse(parts, forward, model):
+                L.backward()
+        return len(graphs), L.item(), [p.grad for p in model.parameters() if p.grad is not None]
+    (reads, L, kept), (again, other, read) = gradient(True), gradient(False)
+    assert (reads, again) == (4, 8) and L == other
+    assert len(kept) == len(read) > 5
+    for a, b in zip(kept, read):
+        assert_close(a, b, rtol=1e-6, atol=1e-9)
 
 
 def test_attention_dropout_is_on_only_inside(backbone):
