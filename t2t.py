@@ -378,6 +378,8 @@ def build_targets(config, tokens, words, model, tok, target_fn=None):
                 if i.shape[1] > K:
                     raise Error(f"targets: expected at most top_k = {K} tokens a text, got {i.shape[1]}")
                 i, p = np.where(p > 0, i, -1), np.where(i >= 0, p, 0)  # target_loss counts rows with an index
+                if target_fn:                                     # a user's may name a token twice
+                    i, p = (x.numpy() for x in coalesce(torch.from_numpy(i), torch.from_numpy(p)))
                 indices[rows, :i.shape[1]], probs[rows, :i.shape[1]] = i, p
                 mean += np.bincount(i[i >= 0], p[i >= 0], V)
                 negative_entropy += (p * np.log(np.maximum(p, 1e-30))).sum(dtype=np.float64)
@@ -713,7 +715,7 @@ def fit(model, embedder, config, *, out, tokens, q, on_step):
         folders.save_state(out, config, model, optimizer, run, tokens.hash)
     if run["step"] < config.steps:
         raise KeyboardInterrupt(f"stopped after step {run['step']}: the same command with --resume goes on")
-    last = (out / "state" / "log.jsonl").read_text().splitlines()[-BUCKET:]  # a bucket: all lengths
+    last = (out / "state" / "log.jsonl").read_text().splitlines()[-BUCKET:]  # texts of all lengths
     return {"loss": np.mean([json.loads(line)["loss"] for line in last]).item(),
             "constant_loss": constant_loss, "texts": len(tokens), "texts_seen": config.steps * B,
             "train_seconds": round(run["seconds"], 1), "earlier_seconds": earlier,

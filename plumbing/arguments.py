@@ -22,7 +22,7 @@ def settle(config):
     else:                                                              # AVX512-BF16, AMX; others emulate it
         computes_bfloat16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     dtype = config.dtype if config.dtype != "auto" else "bfloat16" if computes_bfloat16 else "float32"
-    targets = config.method in ("data", "model", "both")
+    targets = config.method in config.__dataclass_fields__["impl"].metadata["methods"]
     return replace(config, device=device, dtype=dtype,
                    impl=choose(config.impl, device) if targets else "torch",
                    lr=DEFAULT_LR[config.method] if config.lr is None else config.lr)

@@ -1,5 +1,7 @@
 """Training: it learns, resumes bit for bit, gives a checkpoint that all libraries read alike, ends kindly."""
+import itertools
 import json
+import math
 import os
 import shutil
 import signal
@@ -108,6 +110,19 @@ def test_own_targets_and_own_step(backbone, texts_file, tmp_path, tok):
                 targets=always_dog, on_step=lambda step, e: seen.append((step, e.encode(["x"]).shape)))
     assert seen == [(s, (1, 32)) for s in range(1, 31)]
     assert [row[0][0] for row in Embedder.load(out).top_tokens(["The cat.", "The river."])] == ["dog", "dog"]
+
+
+def test_a_token_that_own_targets_name_twice_counts_once(backbone, texts_file, tmp_path):
+    """Two texts in turn, tokens 7 and 9: named twice with 1/2 each, their entropy is 0, so the loss of the
+    best constant is log 2."""
+    calls = itertools.count()
+
+    def twice(rows):
+        token = [7 if next(calls) % 2 else 9 for _ in rows]
+        return np.array([[v, v] for v in token], np.int32), np.full((len(rows), 2), 0.5, np.float32)
+    train(config(backbone, texts_file, tmp_path / "a", steps=1), targets=twice)
+    facts = json.loads((tmp_path / "a" / "t2t.json").read_text())
+    assert facts["constant_loss"] == pytest.approx(math.log(2), rel=1e-6)
 
 
 def test_own_targets_may_not_be_wider_than_k(backbone, texts_file, tmp_path):
