@@ -642,7 +642,7 @@ def fit(model, embedder, config, *, out, tokens, q, on_step):
     core, tok, device = embedder.model, embedder.tok, config.device
     H, B, lengths = head(core), min(config.batch_size, len(tokens)), tokens.lengths
     params = [p for p in model.parameters() if p.requires_grad]
-    contrasts = config.method == "simcse"     # compares the texts of a batch: they must not be of like lengths
+    contrasts = config.method == "simcse"      # compares the texts of a batch, so they are of any length
     # the loss of the best prediction that ignores the text
     constant_loss = q.marginal_kl if q else math.log(B) if contrasts else token_entropy(tokens, tok)
 

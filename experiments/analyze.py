@@ -167,6 +167,14 @@ def derived(z, words, ids, related, k=10):
 
 
 # ------------------------------------------------------------------------------------------------ the picture
+def bars(axes, before, after):
+    """The tokens that one text lights up: two lists of (token, probability), each into its axis"""
+    rows = (before, "before training", "tab:gray"), (after, "after training", "tab:green")
+    for axis, (row, name, colour) in zip(axes, rows):
+        axis.barh([token for token, _ in row][::-1], [100 * p for _, p in row][::-1], color=colour)
+        axis.set(title=name, xlabel="probability (%)")
+
+
 def draw(path, facts, text, before, after):
     """Left: the tokens that one text lights up, before and after. Right: the spectrum of the vectors.
     before, after: lists of (token, probability)"""
@@ -176,9 +184,7 @@ def draw(path, facts, text, before, after):
     fig, (one, two, right) = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained",
                                           width_ratios=(1, 1, 1.3))
     looks = {"before": ("before training", "tab:gray", 1.5), "after": ("after training", "tab:green", 0.6)}
-    for axis, row, (name, colour, _) in zip((one, two), (before, after), looks.values()):
-        axis.barh([token for token, _ in row][::-1], [100 * p for _, p in row][::-1], color=colour)
-        axis.set(title=name, xlabel="probability (%)")
+    bars((one, two), before, after)
     fig.suptitle(f"Tokens that “{text}” lights up; how many directions {facts['texts']:,} vectors use")
     for stage, (name, colour, up) in looks.items():
         share = facts[stage]["spectrum"]

@@ -3,6 +3,7 @@
     python experiments/compare.py --data-dir DIR                        # all runs, three seeds; resumes
     python experiments/compare.py --data-dir DIR --only data --seeds 1  # one run of the table again
     python experiments/compare.py --data-dir DIR --tune                 # the trials on validation splits
+    python experiments/compare.py --data-dir DIR --curves               # quality and key words while training
 
 A trained run is one call of t2t.train a stage; stages follow one another through --init, each with an even
 share of the number of texts (the later one reads those of the first again). An untrained baseline is a
@@ -37,6 +38,8 @@ from sklearn.preprocessing import normalize  # noqa: E402
 
 import eval as evaluation  # noqa: E402
 import t2t  # noqa: E402
+from analyze import bars, key_alignment, sample  # noqa: E402
+from plumbing.corpus import tokenize_corpus  # noqa: E402
 from untrained import NAMES, Function, untrained  # noqa: E402
 
 STS = ["STS12", "STS13", "STSBenchmark"]
@@ -280,6 +283,68 @@ def tune(a):
     print("\n".join(text))
 
 
+# ---------------------------------------------------------------------------------------------------- curves
+CURVES = {"both": ("Text2Token", "tab:green"), "simcse": ("contrastive (SimCSE)", "tab:blue")}
+SHARES = (0, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1)       # of the texts, after which a run is measured
+
+
+def curves(a):
+    """Train one run of each method, measured on the way; draw whether quality and key words rise together.
+
+    Quality: Spearman of 500 pairs of STSBenchmark validation, x 100. Key words: of 500 texts of the corpus,
+    the share of a text's n words that are among the n most probable (analyze.key_alignment), x 100."""
+    path = Path(a.data_dir, "mteb", "stsbenchmark-sts", "validation.jsonl.gz")
+    rows = [json.loads(line) for line in gzip.open(path, "rt")][::3]
+    file, seed = Path(a.runs) / f"curves-{a.seeds[0]}.json", a.seeds[0]
+    facts = json.loads(file.read_text()) if file.exists() else {}
+    for name in CURVES:
+        if name in facts:
+            continue
+        points, steps, here = [], a.texts // RUNS[name][0]["batch_size"], commit()
+
+        def measure(step, embedder):
+            if step in {round(share * steps) for share in SHARES}:
+                read = lambda texts: embedder.pooled(embedder.token_ids(texts))
+                sts = spearmanr(cosines(read, *([r[f"sentence{n}"] for r in rows] for n in (1, 2))),
+                                [r["score"] for r in rows]).statistic
+                ids = sample(tokenize_corpus(a.corpus, embedder.tok, a.max_length), 500)
+                key = key_alignment(embedder.logits(embedder.pooled(ids)), embedder.words, ids)
+                points.append([step * a.texts // steps, round(100 * sts, 2), round(100 * key, 2)])
+                print(name, points[-1], flush=True)
+        measure(0, t2t.Embedder(*t2t.load_backbone(a.backbone, "bidirectional")))
+        embedder, folder = train(f"curve {name}", RUNS[name], seed, a, measure)
+        made = json.loads((folder / "t2t.json").read_text())
+        facts[name] = {"settings": RUNS[name], "seed": seed, "commit": here, "texts, STS, key words": points,
+                       **without_folders({k: made[k] for k in KEPT})}
+        if name == "both":
+            model, tok = t2t.load_backbone(a.backbone, "causal")
+            facts[name]["tokens"] = [e.top_tokens(SHOWN, 8)[0] for e in (t2t.Embedder(model, tok), embedder)]
+        file.write_text(json.dumps(facts, indent=1) + "\n")
+        shutil.rmtree(folder)
+    picture(facts, ROOT / "results" if a.publish else Path(a.runs), a)
+
+
+SHOWN = ["She plays the violin in a small orchestra."]
+
+
+def picture(facts, folder, a):
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    fig, (left, *right) = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained",
+                                       width_ratios=(1.6, 1, 1))
+    for name, (label, colour) in CURVES.items():
+        x, *lines = zip(*facts[name]["texts, STS, key words"])
+        for y, style, what in zip(lines, ("-", "--"), ("STSBenchmark", "key words lit")):
+            left.plot(x, y, style, color=colour, marker=".", label=f"{label}: {what}")
+    left.set(title="while training", xlabel=f"texts read ({Path(a.corpus).stem})", ylabel="x 100")
+    left.legend(fontsize=8)
+    bars(right, *facts["both"]["tokens"])
+    fig.suptitle(f"Quality and key words while training; the tokens that “{SHOWN[0]}” lights up")
+    fig.savefig(folder / "curves.png", dpi=110)
+    (folder / "curves.json").write_text(json.dumps(facts, indent=1) + "\n")
+
+
 # ---------------------------------------------------------------------------------------------------- tables
 def pairs(tasks):
     """Loaded STS tasks -> {task: (n,) a number for each pair of texts}: the same pair has one in all tasks,
@@ -410,7 +475,8 @@ def main():
     p.add_argument("--texts", type=int, default=32000)
     p.add_argument("--max-length", type=int, default=t2t.Config.max_length)
     p.add_argument("--tasks", nargs="+", default=[*STS, "Banking77Classification"])
-    p.add_argument("--tune", action="store_true")
+    p.add_argument("--tune", action="store_true", help="the trials")
+    p.add_argument("--curves", action="store_true", help="the picture")
     p.add_argument("--publish", action="store_true", help="write the tables to results/, not to --runs")
     a = p.parse_args()
     a.runs = a.runs or str(ROOT / "runs" / f"compare-{Path(a.corpus).stem}-{a.texts}")
@@ -418,8 +484,8 @@ def main():
         known = TRIALS if a.tune else [*NAMES, *RUNS]
         p.error(f"--only: expected some of {str([*known])[1:-1]}, got {str(sorted(unknown))[1:-1]}")
     Path(a.runs).mkdir(parents=True, exist_ok=True)
-    if a.tune:
-        return tune(a)
+    if a.tune or a.curves:
+        return tune(a) if a.tune else curves(a)
     baselines, some = untrained(a.backbone, a.corpus, max_length=256)          # as checkpoints read
     tasks = [evaluation.localize(t, a.data_dir) for t in evaluation.pick(a.tasks)]
     for n, seed in enumerate(a.seeds):

@@ -1,4 +1,5 @@
 """experiments/compare.py: its statistics by hand, its scores against mteb, one cell from nothing."""
+import gzip
 import json
 import sys
 from types import SimpleNamespace
@@ -159,6 +160,30 @@ def test_trials_are_made_once(data, backbone, texts_file, tmp_path, monkeypatch,
     monkeypatch.setattr(t2t, "train", None)
     compare.main()
     assert "| data | 2 | 1.0 | 1.0 | 1.0 | 1.0 | 1.0  1.0 |" in capsys.readouterr().out
+
+def test_curves(backbone, texts_file, tmp_path, monkeypatch):
+    """Two runs, each measured eight times from 0 texts to all; a second call trains nothing."""
+    folder = tmp_path / "mteb" / "stsbenchmark-sts"
+    folder.mkdir(parents=True)
+    lines = texts_file.read_text().splitlines()
+    with gzip.open(folder / "validation.jsonl.gz", "wt") as f:
+        for n in range(30):
+            f.write(json.dumps({"sentence1": lines[n], "sentence2": lines[-n], "score": n / 6}) + "\n")
+    args = ["compare.py", "--data-dir", str(tmp_path), "--corpus", str(texts_file), "--backbone",
+            str(backbone), "--curves", "--seeds", "1", "--runs", str(tmp_path), "--texts", "1024"]
+    monkeypatch.setattr(sys, "argv", args)
+    for name in compare.CURVES:                        # 32 steps: a point after each share of them
+        monkeypatch.setitem(compare.RUNS, name, [compare.RUNS[name][0] | dict(batch_size=32)])
+    compare.main()
+    made = json.loads((tmp_path / "curves.json").read_text())
+    for name in compare.CURVES:
+        texts, sts, key = zip(*made[name]["texts, STS, key words"])
+        assert texts == (0, 32, 64, 128, 256, 512, 768, 1024) and np.isfinite([sts, key]).all()
+    first = [made[name]["texts, STS, key words"][0] for name in compare.CURVES]
+    assert first[0] == first[1] and first[0] != made["both"]["texts, STS, key words"][-1]  # one backbone
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
+    monkeypatch.setattr(t2t, "train", None)
+    compare.main()
 
 def test_whitening_matrix():
     rng = np.random.default_rng(0)
