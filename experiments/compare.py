@@ -285,7 +285,7 @@ def tune(a):
 
 # ---------------------------------------------------------------------------------------------------- curves
 CURVES = {"both": ("Text2Token", "tab:green"), "simcse": ("contrastive (SimCSE)", "tab:blue")}
-SHARES = (0, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1)       # of the texts, after which a run is measured
+SHARES = (0, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1)      # of the texts, after which it is measured
 
 
 def curves(a):
