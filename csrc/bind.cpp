@@ -13,6 +13,9 @@
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 #include "cpu.h"
 #ifdef T2T_CUDA
@@ -36,6 +39,16 @@ enum Reduction { NONE, MEAN, SUM };
 // ----------------------------------------------------------------------------------------- shapes and memory
 static at::TensorOptions accumulated(In x) {       // of losses, targets, weights: float64 for float64
   return x.options().dtype(x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
+}
+// For a gradient or logits. On a CPU the pages of such fresh memory cost more than the loss: ask for large ones.
+static Tensor fresh(at::IntArrayRef sizes, In like) {
+  Tensor x = at::empty(sizes, like.options());
+#ifdef __linux__
+  const uintptr_t page = 1 << 21, begin = (uintptr_t)x.data_ptr(), first = (begin + page - 1) / page * page;
+  const uintptr_t end = (begin + x.nbytes()) / page * page;
+  if (x.is_cpu() && first < end) madvise((void*)first, end - first, MADV_HUGEPAGE);        // a wish: may fail
+#endif
+  return x;
 }
 static Tensor losses(In x) { return at::empty_symint({x.sym_size(0)}, accumulated(x)); }
 static Tensor no_tensor(In like) { return at::empty({0}, like.options()); }
@@ -130,14 +143,14 @@ Tensor kl_grad(In logits, In indices, In probs, In stats,
                     stats.dtype() == accumulated(logits).dtype() && stats.device() == logits.device(),
                     "stats: expected what kl_loss gave for these logits, got ",
                     stats.sizes(), " ", stats.dtype());
-  Tensor x = readable(logits), dx = at::empty(x.sizes(), x.options());
+  Tensor x = readable(logits), dx = fresh(x.sizes(), x);
   run(x, indices, probs, g, dx, {}, stats.contiguous(), true);
   return dx;
 }
 
 Two kl_loss_grad(In logits, In indices, In probs, In g) {
   check(logits, indices, probs), check_weight(g, logits);
-  Tensor x = readable(logits), loss = losses(x), dx = at::empty(x.sizes(), x.options());
+  Tensor x = readable(logits), loss = losses(x), dx = fresh(x.sizes(), x);
   run(x, indices, probs, g, dx, loss);
   return {loss, dx};
 }
@@ -194,7 +207,7 @@ Four linear_kl(In hidden, In weight, InMaybe bias, In indices,
   check(hidden.new_empty({1, 1}).expand({hidden.size(0), weight.size(0)}), indices, probs);
   check_weight(g, hidden);
   int64_t N = hidden.size(0), V = weight.size(0), step = std::min(chunk, N);
-  Tensor loss = losses(hidden), z = at::empty({step, V}, hidden.options());
+  Tensor loss = losses(hidden), z = fresh({step, V}, hidden);
   Tensor W = weight.t(), a = g.to(accumulated(hidden));
   Tensor dh = want_h ? at::empty(hidden.sizes(), hidden.options()) : no_tensor(hidden);
   // float32: bfloat16
