@@ -193,7 +193,8 @@ Tensor scatter_targets(In indices, In probs, int64_t V) {
 }
 
 // Loss, and those of dh, dW, db that are wanted (the others come back empty), with the logits z a chunk of
-// rows at a time. z and its gradient are one buffer, the same for every chunk.
+// rows at a time. z and its gradient are one buffer, the same for every chunk. With a soft cap c, a second one:
+// y = tanh(scale (h W^T + b) / c), z = c y.
 Four linear_kl(In hidden, In weight, InMaybe bias, In indices,
                In probs, In g, double scale, std::optional<double> softcap, int64_t chunk,
                bool want_h, bool want_W, bool want_b) {
@@ -207,7 +208,10 @@ Four linear_kl(In hidden, In weight, InMaybe bias, In indices,
   check(hidden.new_empty({1, 1}).expand({hidden.size(0), weight.size(0)}), indices, probs);
   check_weight(g, hidden);
   int64_t N = hidden.size(0), V = weight.size(0), step = std::min(chunk, N);
-  Tensor loss = losses(hidden), z = fresh({step, V}, hidden);
+  Tensor loss = losses(hidden), all_y = fresh({step, V}, hidden);
+  bool learns = want_h || want_W || want_b;
+  Tensor all_z = softcap && learns ? fresh({step, V}, hidden) : all_y;
+  double s = scale / softcap.value_or(1);
   Tensor W = weight.t(), a = g.to(accumulated(hidden));
   Tensor dh = want_h ? at::empty(hidden.sizes(), hidden.options()) : no_tensor(hidden);
   // float32: bfloat16
@@ -216,25 +220,19 @@ Four linear_kl(In hidden, In weight, InMaybe bias, In indices,
   for (int64_t n = 0; n < N; n += step) {
     int64_t end = std::min(N, n + step);
     auto rows = [&](In t) { return t.slice(0, n, end); };
-    Tensor h = rows(hidden), y = z.narrow(0, 0, end - n), l = rows(loss), i = rows(indices), p = rows(probs);
-    Tensor w = a.numel() > 1 ? rows(a) : a;
-    bias ? at::addmm_out(y, *bias, h, W) : at::mm_out(y, h, W);
-    if (softcap) y.mul_(scale / *softcap).tanh_().mul_(*softcap);
-    else if (scale != 1) y.mul_(scale);
-    if (!want_h && !want_W && !want_b) {
-      run(y, i, p, {}, {}, l);
+    Tensor h = rows(hidden), l = rows(loss), i = rows(indices), p = rows(probs);
+    Tensor w = a.numel() > 1 ? rows(a) : a, y = all_y.narrow(0, 0, end - n), z = all_z.narrow(0, 0, end - n);
+    at::addmm_out(y, bias.value_or(y), h, W, bias ? s : 0, s);                 // the product does the scaling
+    if (softcap) at::mul_out(z, y.tanh_(), at::scalar_tensor(*softcap));
+    if (!learns) {
+      run(z, i, p, {}, {}, l);
       continue;
     }
-    if (softcap) {                                           // d/dy c tanh(scale y / c) = scale (1 - (z/c)^2)
-      Tensor dz = at::empty_like(y);
-      run(y, i, p, w * scale, dz, l);
-      y.div_(*softcap).square_().neg_().add_(1).mul_(dz);
-    } else {
-      run(y, i, p, w * scale, y, l);
-    }
-    if (want_h) { Tensor d = rows(dh); at::mm_out(d, y, weight); }
-    if (want_W) weight.scalar_type() == dW.scalar_type() ? dW.addmm_(y.t(), h) : dW.add_(at::mm(y.t(), h));
-    if (want_b) db.add_(y.sum(0, false, db.scalar_type()));
+    run(z, i, p, w * scale, z, l);
+    if (softcap) at::tanh_backward_out(z, z, y);                               // z *= 1 - y^2
+    if (want_h) { Tensor d = rows(dh); at::mm_out(d, z, weight); }
+    if (want_W) weight.scalar_type() == dW.scalar_type() ? dW.addmm_(z.t(), h) : dW.add_(at::mm(z.t(), h));
+    if (want_b) db.add_(z.sum(0, false, db.scalar_type()));
   }
   return {loss, dh, dW.to(weight.dtype()), db.to(weight.dtype())};
 }
