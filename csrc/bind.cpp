@@ -2,7 +2,7 @@
 // kernels.cuh.
 //
 //     vocab_kl, vocab_kl_, linear_vocab_kl     what users call; they have gradients
-//     kl_loss, kl_grad, kl_loss_grad[_], linear_kl, scale_, scatter_targets[_]     their parts; no gradients
+//     kl_loss, kl_loss_grad[_], linear_kl, scale_, scatter_targets[_]     their parts; no gradients
 //
 // The gradient is made with the loss, while the row is at hand: V read and V written, where a forward and a
 // backward would read V twice. backward() then only multiplies by what comes from above, and does not touch V
@@ -21,7 +21,7 @@
 #ifdef T2T_CUDA
 #include <c10/cuda/CUDAGuard.h>
 
-#include "cuda.h"
+#include "launch.h"
 #endif
 
 using at::Tensor;
@@ -40,7 +40,7 @@ enum Reduction { NONE, MEAN, SUM };
 static at::TensorOptions accumulated(In x) {       // of losses, targets, weights: float64 for float64
   return x.options().dtype(x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
 }
-// For a gradient or logits. On a CPU the pages of such fresh memory cost more than the loss: ask for large ones.
+// For a gradient or logits. On a CPU the pages of fresh memory cost more than the loss: ask for large ones.
 static Tensor fresh(at::IntArrayRef sizes, In like) {
   Tensor x = at::empty(sizes, like.options());
 #ifdef __linux__
@@ -93,7 +93,7 @@ static Type type_of(In x) {
 // One pass over the rows of x. dx: where the gradient goes (x itself, another, or none); g: (N,) or (1,).
 // With `scatter`, x is not read, and dx += scatter * q.
 static void run(In x, Tensor indices, Tensor probs, In g, In dx, In loss,
-                In stats = {}, bool known = false, const double* scatter = nullptr) {
+                const double* scatter = nullptr) {
   if (x.size(0) == 0 || (indices.size(1) == 0 && scatter)) return;
   auto pointer = [](In t) { return t.defined() ? t.mutable_data_ptr() : nullptr; };
   Tensor weight = g.defined() ? g.to(accumulated(x)) : g;
@@ -105,9 +105,12 @@ static void run(In x, Tensor indices, Tensor probs, In g, In dx, In loss,
          scatter ? nullptr : x.const_data_ptr(), pointer(dx), x.stride(0), dx.defined() ? dx.stride(0) : 0,
          indices.const_data_ptr(), indices.scalar_type() == at::kLong, merged,
          probs.const_data_ptr(), pointer(weight), g.defined() && g.numel() > 1 ? weight.stride(0) : 0,
-         pointer(loss), pointer(stats), known};
+         pointer(loss)};
   if (x.is_cpu()) return scatter ? scatter_cpu(j, *scatter) : rows_cpu(j);
 #ifdef T2T_CUDA
+  TORCH_CHECK_VALUE(j.type != F64 && (scatter || j.K <= K_CUDA), "the GPU's kernel takes float32, bfloat16 or "
+                    "float16 and at most ", K_CUDA, " targets a row, got ", x.dtype(), " and ", j.K,
+                    ": pass impl='torch'");
   c10::cuda::CUDAGuard guard(x.device());
   auto stream = c10::cuda::getCurrentCUDAStream();
   C10_CUDA_CHECK(scatter ? scatter_cuda(j, *scatter, stream) : rows_cuda(j, stream));
@@ -129,23 +132,11 @@ static void check_own_rows(const char* name, In x) {
 }
 
 // ----------------------------------------------------------------------------------- the parts, CPU and CUDA
-Two kl_loss(In logits, In indices, In probs) {
+Tensor kl_loss(In logits, In indices, In probs) {
   check(logits, indices, probs);
-  Tensor x = readable(logits), loss = losses(x), stats = at::empty({x.size(0), 2}, accumulated(x));
-  run(x, indices, probs, {}, {}, loss, stats);
-  return {loss, stats};
-}
-
-Tensor kl_grad(In logits, In indices, In probs, In stats,
-               In g) {
-  check(logits, indices, probs), check_weight(g, logits);
-  TORCH_CHECK_VALUE(stats.dim() == 2 && stats.size(0) == logits.size(0) && stats.size(1) == 2 &&
-                    stats.dtype() == accumulated(logits).dtype() && stats.device() == logits.device(),
-                    "stats: expected what kl_loss gave for these logits, got ",
-                    stats.sizes(), " ", stats.dtype());
-  Tensor x = readable(logits), dx = fresh(x.sizes(), x);
-  run(x, indices, probs, g, dx, {}, stats.contiguous(), true);
-  return dx;
+  Tensor x = readable(logits), loss = losses(x);
+  run(x, indices, probs, {}, {}, loss);
+  return loss;
 }
 
 Two kl_loss_grad(In logits, In indices, In probs, In g) {
@@ -171,7 +162,7 @@ void scale_(In x, In g) {               // x *= g, one number; if that is 1, x i
 #ifdef T2T_CUDA
   if (x.is_cuda() && x.is_contiguous()) {              // the kernel looks at g: the host does not wait for it
     c10::cuda::CUDAGuard guard(x.device());
-    C10_CUDA_CHECK(scale_cuda(type_of(x), x.mutable_data_ptr(), x.numel(), a.const_data_ptr(),
+    C10_CUDA_CHECK(scale_cuda(type_of(x), x.mutable_data_ptr(), x.numel(), a.const_data_ptr<float>(),
                               c10::cuda::getCurrentCUDAStream()));
     torch::autograd::impl::bump_version(x);
     return;
@@ -183,7 +174,7 @@ void scale_(In x, In g) {               // x *= g, one number; if that is 1, x i
 void scatter_targets_(In out, In indices, In probs, double alpha) {
   check(out, indices, probs);
   check_own_rows("out", out);
-  run(out, indices, probs, {}, out, {}, {}, false, &alpha);
+  run(out, indices, probs, {}, out, {}, &alpha);
   torch::autograd::impl::bump_version(out);
 }
 Tensor scatter_targets(In indices, In probs, int64_t V) {
@@ -193,8 +184,8 @@ Tensor scatter_targets(In indices, In probs, int64_t V) {
 }
 
 // Loss, and those of dh, dW, db that are wanted (the others come back empty), with the logits z a chunk of
-// rows at a time. z and its gradient are one buffer, the same for every chunk. With a soft cap c, a second one:
-// y = tanh(scale (h W^T + b) / c), z = c y.
+// rows at a time. z and its gradient are one buffer, the same for every chunk. With a soft cap c, a second
+// one: y = tanh(scale (h W^T + b) / c), z = c y.
 Four linear_kl(In hidden, In weight, InMaybe bias, In indices,
                In probs, In g, double scale, std::optional<double> softcap, int64_t chunk,
                bool want_h, bool want_W, bool want_b) {
@@ -238,12 +229,7 @@ Four linear_kl(In hidden, In weight, InMaybe bias, In indices,
 }
 
 // -------------------------------------------------------------------- the parts, where there are only shapes
-Tensor kl_grad_meta(In x, In, In, In, In) {
-  return at::empty_symint(x.sym_sizes(), x.options());
-}
-Two kl_loss_meta(In x, In, In) {
-  return {losses(x), at::empty_symint({x.sym_size(0), 2}, accumulated(x))};
-}
+Tensor kl_loss_meta(In x, In, In) { return losses(x); }
 Two kl_loss_grad_meta(In x, In, In, In) {
   return {losses(x), at::empty_symint(x.sym_sizes(), x.options())};
 }
@@ -280,17 +266,16 @@ static void once() {
               "vocab_kl: a gradient of the gradient is not supported by impl='ext': pass impl='torch'");
 }
 
-// A gradient for each row from above: the logits are kept and read again.
+// A gradient for each row from above: the logits are kept, and loss and gradient made again.
 struct PerRow : torch::autograd::Function<PerRow> {
   static Tensor forward(AutogradContext* ctx, In logits, In indices, In probs) {
-    auto [loss, stats] = CALL(kl_loss)(logits, indices, probs);
-    ctx->save_for_backward({logits, indices, probs, stats});
-    return loss;
+    ctx->save_for_backward({logits, indices, probs});
+    return CALL(kl_loss)(logits, indices, probs);
   }
   static variable_list backward(AutogradContext* ctx, variable_list g) {
     once();
     auto s = ctx->get_saved_variables();
-    return {CALL(kl_grad)(s[0], s[1], s[2], s[3], g[0]), {}, {}};
+    return {std::get<1>(CALL(kl_loss_grad)(s[0], s[1], s[2], g[0])), {}, {}};
   }
 };
 
@@ -361,7 +346,7 @@ static bool wanted(In t) { return at::GradMode::is_enabled() && t.requires_grad(
 
 static Tensor any_vocab_kl(In x, In i, In p, int64_t reduction, bool inplace) {
   if (!wanted(x))
-    return reduce(std::get<0>(CALL(kl_loss)(x, i, p)), weight_of(x, i, p, reduction), reduction);
+    return reduce(CALL(kl_loss)(x, i, p), weight_of(x, i, p, reduction), reduction);
   if (reduction == NONE) return PerRow::apply(x, i, p);
   return Fused::apply(x, i, p, reduction, inplace && own_rows(x));
 }
@@ -404,8 +389,7 @@ TORCH_LIBRARY(t2t, m) {                                       // reduction: 0 no
   m.def("linear_vocab_kl(Tensor hidden, Tensor weight, Tensor indices, Tensor probs, Tensor? bias=None, "
         "int reduction=1, float scale=1, float? softcap=None, int chunk=1024) -> Tensor",
         t2t::linear_vocab_kl);
-  m.def("kl_loss(Tensor logits, Tensor indices, Tensor probs) -> (Tensor loss, Tensor stats)");
-  m.def("kl_grad(Tensor logits, Tensor indices, Tensor probs, Tensor stats, Tensor g) -> Tensor");
+  m.def("kl_loss(Tensor logits, Tensor indices, Tensor probs) -> Tensor");
   m.def("kl_loss_grad(Tensor logits, Tensor indices, Tensor probs, Tensor g) -> (Tensor loss, Tensor dx)");
   m.def("kl_loss_grad_(Tensor(a!) logits, Tensor indices, Tensor probs, Tensor g) -> Tensor");
   m.def("linear_kl(Tensor hidden, Tensor weight, Tensor? bias, Tensor indices, Tensor probs, Tensor g, "
@@ -417,8 +401,8 @@ TORCH_LIBRARY(t2t, m) {                                       // reduction: 0 no
 }
 
 #define PARTS(m, suffix) \
-  m.impl("kl_loss", t2t::kl_loss##suffix), m.impl("kl_grad", t2t::kl_grad##suffix); \
-  m.impl("kl_loss_grad", t2t::kl_loss_grad##suffix), m.impl("linear_kl", t2t::linear_kl##suffix); \
+  m.impl("kl_loss", t2t::kl_loss##suffix), m.impl("kl_loss_grad", t2t::kl_loss_grad##suffix); \
+  m.impl("linear_kl", t2t::linear_kl##suffix); \
   m.impl("scatter_targets", t2t::scatter_targets##suffix)
 TORCH_LIBRARY_IMPL(t2t, CPU, m) {
   PARTS(m, ), m.impl("kl_loss_grad_", t2t::kl_loss_grad_), m.impl("scale_", t2t::scale_);
@@ -435,7 +419,7 @@ TORCH_LIBRARY_IMPL(t2t, Meta, m) {
   m.impl("scatter_targets_", t2t::scatter_targets_meta_);
 }
 TORCH_LIBRARY_IMPL(t2t, Autograd, m) {                        // the parts say so if they are differentiated
-  for (auto name : {"kl_loss", "kl_grad", "kl_loss_grad", "kl_loss_grad_", "linear_kl", "scale_",
+  for (auto name : {"kl_loss", "kl_loss_grad", "kl_loss_grad_", "linear_kl", "scale_",
                     "scatter_targets", "scatter_targets_"})
     m.impl(name, torch::autograd::autogradNotImplementedFallback());
 }

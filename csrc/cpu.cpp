@@ -26,7 +26,7 @@ using c10::Half;
 namespace t2t {
 constexpr int64_t BLOCK = 2048, LANES = 16;               // of rows.h: elements a block (8 KB), lanes at most
 template <class T>
-using OneRow = Stats<float> (*)(const T*, T*, int64_t, Stats<float>, bool, float, float*, float*);
+using OneRow = Stats<float> (*)(const T*, T*, int64_t, float, float*, float*);
 struct Isa {
   const char* name;
   OneRow<float> f32;
@@ -121,38 +121,32 @@ template <class T, class A> static A gather(const Rows& j, int64_t n, std::vecto
 }
 
 // float64: the same steps in plain loops, for gradcheck
-static Stats<double> one_row(const double* x, double* dx, int64_t V, Stats<double> row, bool known, double gP,
-                             float*, float*) {
-  if (!known) {
-    row = {*std::max_element(x, x + V), 0};
-    for (int64_t v = 0; v < V; v++) row.s += std::exp(x[v] - reference(row.m));
-  }
+static Stats<double> one_row(const double* x, double* dx, int64_t V, double gP, float*, float*) {
+  Stats<double> row{*std::max_element(x, x + V), 0};
+  for (int64_t v = 0; v < V; v++) row.s += std::exp(x[v] - reference(row.m));
   for (int64_t v = 0; dx && v < V; v++) dx[v] = gP * (std::exp(x[v] - row.m) / row.s);
   return row;
 }
 
 template <class T, class A, class One> static void rows(const Rows& j, One one) {
   at::parallel_for(0, j.N, std::max<int64_t>(1, 32768 / j.V), [&](int64_t first, int64_t last) {
-    bool buffer = j.dx && !j.known && sizeof(T) < 4;          // see rows.h; float32 keeps its exps in dx
+    bool buffer = j.dx && sizeof(T) < 4;                      // see rows.h; float32 keeps its exps in dx
     std::unique_ptr<float[]> e(buffer ? new float[j.V + 2 * LANES] : nullptr), r(new float[j.V / BLOCK + 1]);
     std::vector<Target<A>> targets;
     for (int64_t n = first; n < last; n++) {
       const T* x = (const T*)j.x + n * j.x_stride;
       T* dx = j.dx ? (T*)j.dx + n * j.dx_stride : nullptr;
       A P = gather<T, A>(j, n, targets), g = j.g ? ((const A*)j.g)[n * j.g_stride] : A(0), loss = 0;
-      Stats<A>* stats = j.stats ? (Stats<A>*)j.stats + n : nullptr;
-      Stats<A> row{0, 1};
       if (P == 0) {                                           // no target: nothing to read
         if (dx) std::fill(dx, dx + j.V, T(0));
       } else {
-        row = one(x, dx, j.V, j.known ? *stats : row, j.known, g * P, e.get(), r.get());
+        Stats<A> row = one(x, dx, j.V, g * P, e.get(), r.get());
         for (auto& t : targets) {
           loss += target_loss(t.q, t.x, row);
           if (dx) dx[t.v] = T(target_grad(t.q, t.x, row, g, P));
         }
       }
       if (j.loss) ((A*)j.loss)[n] = loss;
-      if (stats && !j.known) *stats = row;
     }
   });
 }

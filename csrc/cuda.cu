@@ -1,5 +1,5 @@
 // Launches: how many blocks share a row, and what to do without clusters or where a row does not fit.
-#include "cuda.h"
+#include "launch.h"
 #include "kernels.cuh"
 #include <tuple>
 
@@ -32,16 +32,15 @@ cudaError_t current_device(Device& out) {
 
 template <class F> cudaError_t by_type(Type type, F f) {
   switch (type) {
-    case F64: return f(double());
     case F32: return f(float());
     case BF16: return f(__nv_bfloat16());
     case F16: return f(__half());
+    default: return cudaErrorInvalidValue;
   }
-  return cudaErrorInvalidValue;
 }
 
 template <class T> size_t bytes_of(const Rows& r, int64_t tile, int S) {
-  return Shared<T>::size(tile, S * WARPS, WARPS, held(r.K));
+  return Shared<T>::size(tile, S * WARPS, WARPS, int(r.K));
 }
 
 template <class T, Mode M>
@@ -68,11 +67,11 @@ cudaError_t launch(const Rows& r, int S, int64_t tile, const Device& d, cudaStre
   return cudaLaunchKernelEx(&config, kernel, r, S, int(tile));
 }
 
-template <class T> cudaError_t rows(Rows r, const Device& d, cudaStream_t stream) {
+template <class T> cudaError_t rows(const Rows& r, const Device& d, cudaStream_t stream) {
   const int64_t cells = r.V / Cut<T>::E;
   const auto slice = [&](int S) { return (cells + S - 1) / S; };
-  const auto spread = [&](int S) {                              // fill the device, a cell a thread at least
-    while (S < d.S_max && r.N * S < 2 * d.sms && slice(2 * S) >= THREADS) S *= 2;
+  const auto spread = [&](int S) {                 // fill the device in one wave, and each thread with a cell
+    while (S < d.S_max && 2 * r.N * S <= 3 * d.sms && slice(2 * S) >= THREADS) S *= 2;
     return S;
   };
   if (!r.dx) {
@@ -80,30 +79,21 @@ template <class T> cudaError_t rows(Rows r, const Device& d, cudaStream_t stream
     const cudaError_t e = launch<T, LOSS>(r, S, 0, d, stream);
     return e && S > 1 ? cudaGetLastError(), launch<T, LOSS>(r, 1, 0, d, stream) : e;
   }
-  if (r.loss && !held(r.K)) {                                    // its logits fit nowhere until the barrier
-    Rows loss = r;
-    loss.dx = nullptr, r.loss = nullptr;
-    if (cudaError_t e = rows<T>(loss, d, stream)) return e;
-  }
-  // Three blocks an SM, each with 1 KB of the system's
-  int S = 1;
+  int S = 1;                                            // three blocks an SM, each with 1 KB of the system's
   while (S < d.S_max && bytes_of<T>(r, slice(S), S) > size_t(d.sm_bytes / 3 - 1024)) S *= 2;
   const int64_t tile = (48 * 1024 - bytes_of<T>(r, 0, S)) / 16;
-  cudaError_t e;
-  if (r.known) e = launch<T, REREAD>(r, S = spread(1), tile, d, stream);
-  else if (bytes_of<T>(r, slice(S), S) <= size_t(d.block_bytes))
-    S = spread(S), e = launch<T, KEEP>(r, S, slice(S), d, stream);
-  else if (S > 1) e = launch<T, REREAD>(r, S, tile, d, stream);
-  else return launch<T, REREAD>(r, 1, tile, d, stream);
-  return e ? cudaGetLastError(), launch<T, REREAD>(r, 1, tile, d, stream) : e;
+  const bool fits = bytes_of<T>(r, slice(S), S) <= size_t(d.block_bytes);
+  if (fits) S = spread(S);
+  const cudaError_t e = fits ? launch<T, KEEP>(r, S, slice(S), d, stream)
+                             : launch<T, REREAD>(r, S, tile, d, stream);
+  return e && (fits || S > 1) ? cudaGetLastError(), launch<T, REREAD>(r, 1, tile, d, stream) : e;
 }
 
 }  // namespace
 
 cudaError_t rows_cuda(const Rows& r, cudaStream_t stream) {
   if (r.N == 0 || r.V == 0) return cudaSuccess;
-  if (r.N > INT32_MAX / S_MAX || r.V > INT32_MAX - 64 || r.K > INT32_MAX - THREADS ||
-      (r.K > K_HELD && !r.merged)) return cudaErrorInvalidValue;
+  if (r.N > INT32_MAX / S_MAX || r.V > INT32_MAX - 64 || r.K > K_CUDA) return cudaErrorInvalidValue;
   Device d;
   if (cudaError_t e = current_device(d)) return e;
   return by_type(r.type, [&](auto zero) { return rows<decltype(zero)>(r, d, stream); });
@@ -115,12 +105,12 @@ cudaError_t scatter_cuda(const Rows& r, double alpha, cudaStream_t stream) {
   if (blocks > INT32_MAX) return cudaErrorInvalidValue;
   return by_type(r.type, [&](auto zero) {
     using T = decltype(zero);
-    scatter_kernel<T><<<unsigned(blocks), THREADS, 0, stream>>>(r, Acc<T>(alpha));
+    scatter_kernel<T><<<unsigned(blocks), THREADS, 0, stream>>>(r, float(alpha));
     return cudaGetLastError();
   });
 }
 
-cudaError_t scale_cuda(Type type, void* x, int64_t n, const void* g, cudaStream_t stream) {
+cudaError_t scale_cuda(Type type, void* x, int64_t n, const float* g, cudaStream_t stream) {
   if (n == 0) return cudaSuccess;
   Device d;
   if (cudaError_t e = current_device(d)) return e;
@@ -128,7 +118,7 @@ cudaError_t scale_cuda(Type type, void* x, int64_t n, const void* g, cudaStream_
     using T = decltype(zero);
     const int64_t blocks = n / Cut<T>::E / (4 * THREADS) + 1, most = 8 * d.sms;
     const unsigned grid = unsigned(blocks < most ? blocks : most);
-    scale_kernel<T><<<grid, THREADS, 0, stream>>>((T*)x, n, (const Acc<T>*)g);
+    scale_kernel<T><<<grid, THREADS, 0, stream>>>((T*)x, n, g);
     return cudaGetLastError();
   });
 }

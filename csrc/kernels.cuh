@@ -21,10 +21,10 @@ inline __device__ char* shared_memory() {
   extern __shared__ uint4 bytes[];
   return (char*)bytes;
 }
-template <class A> __device__ A shuffle_xor(A a, int d) { return __shfl_xor_sync(~0u, a, d); }
+inline __device__ float shuffle_xor(float a, int d) { return __shfl_xor_sync(~0u, a, d); }
 
 // e^x for x <= 0: relative error below 2^-22 + |x| 2^-24, from ex2.approx and from the product. Below
-// 2^-126 it is 0; e^-inf = 0, NaN stays NaN. double has no such instruction.
+// 2^-126 it is 0; e^-inf = 0, NaN stays NaN.
 inline __device__ float exponent(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * 1.4426950408889634f));
@@ -32,8 +32,8 @@ inline __device__ float exponent(float x) {
 }
 
 // The barrier of a cluster in two halves. `begun` says only that this block runs: it orders no memory, and
-// costs no fence; `arrive` publishes what was written, `wait` sees what others published. peer: x in
-// another block.
+// costs no fence; `arrive` publishes what was written, `wait` sees what others published (see rows_kernel).
+// peer: x in another block.
 #if __CUDA_ARCH__ >= 900
 #define CLUSTER(what) asm volatile("barrier.cluster." what ".aligned;" ::: "memory")
 inline __device__ void cluster_begun() { CLUSTER("arrive.relaxed"); }
@@ -55,32 +55,28 @@ template <class X> __device__ X* peer(X* x, int) { return x; }
 namespace t2t {
 
 // ------------------------------------------------------------------------------------------------- numbers
-template <class T> using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
-inline __device__ double exponent(double x) { return exp(x); }
-inline __device__ double number(double x) { return x; }
 inline __device__ float number(float x) { return x; }
 inline __device__ float number(__nv_bfloat16 x) { return __bfloat162float(x); }
 inline __device__ float number(__half x) { return __half2float(x); }
 
-template <class T> __device__ T rounded(Acc<T> a) {
+template <class T> __device__ T rounded(float a) {
   if constexpr (std::is_same_v<T, __nv_bfloat16>) return __float2bfloat16_rn(a);
   else if constexpr (std::is_same_v<T, __half>) return __float2half_rn(a);
   else return a;
 }
 
-template <class A> __device__ A warp_sum(A a) {                        // the same bits in all lanes
+inline __device__ float warp_sum(float a) {                        // the same bits in all lanes
   for (int d = 16; d; d /= 2) a += shuffle_xor(a, d);
   return a;
 }
 
-template <class A> __device__ Stats<A> warp_join(Stats<A> a) {         // one exp instead of join's ten
-  A m = a.m;
+inline __device__ Stats<float> warp_join(Stats<float> a) {             // one exp instead of join's ten
+  float m = a.m;
   for (int d = 16; d; d /= 2) m = fmax(m, shuffle_xor(m, d));
   return {m, warp_sum(a.s * shift(a.m, m))};
 }
 
-template <class A, int WARPS> __device__ A block_sum(A a, A* sums) {
+template <int WARPS> __device__ float block_sum(float a, float* sums) {
   a = warp_sum(a);
   if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = a;
   __syncthreads();
@@ -131,41 +127,38 @@ template <class T, class I = int> struct Cut {
   HD I end(int e) const { return e < front ? e : e + whole * E; }
 };
 
-constexpr int K_HELD = 1024;            // so many targets fit into shared memory beside a slice
-HD int held(int64_t K) { return K <= K_HELD ? int(K) : 0; }
-
 // Shared memory of a block: `tile` cells of its slice, the row's ends, (m, s) of all `pairs` warps of the
 // row, a number for each of its own warps, and the row's targets: index, p, q, logit.
 template <class T> struct Shared {
-  using A = Acc<T>;
   Cell<T>* cells;
-  Stats<A>* pairs;
-  A *sums, *p, *q, *x;
+  Stats<float>* pairs;
+  float *sums, *p, *q, *x;
   int32_t* i;
   T* ends;
   HD Shared(char* at, int tile, int pairs_, int warps, int K) {
     cells = (Cell<T>*)at;
     ends = (T*)(cells + tile);
-    pairs = (Stats<A>*)(ends + 2 * Cut<T>::E);
-    sums = (A*)(pairs + pairs_);
+    pairs = (Stats<float>*)(ends + 2 * Cut<T>::E);
+    sums = (float*)(pairs + pairs_);
     p = sums + warps, q = p + K, x = q + K;
     i = (int32_t*)(x + K);
   }
   static size_t size(int64_t tile, int pairs, int warps, int K) {
-    return (tile + 2) * 16 + pairs * sizeof(Stats<A>) + (warps + 3 * K) * sizeof(A) + K * 4;
+    return (tile + 2) * 16 + pairs * sizeof(Stats<float>) + (warps + 4 * K) * 4;
   }
 };
 
-// What a block holds of its row at a time: cells [begin, end), and for block 0 the ends.
+// What a block holds of its row at a time: cells [begin, end), and block 0, with its first tile, the ends.
 template <class T> struct Tile {
   Cut<T> cut;
-  int begin, end, ends;
+  int begin, end;
+  bool has_ends;
 
   __device__ const T* find(int v, const Shared<T>& sh) const {     // element v, or null: not in this tile
     int in = v - cut.front - begin * Cut<T>::E;
     if (in >= 0 && in < (end - begin) * Cut<T>::E) return (const T*)sh.cells + in;
-    if (ends && v < cut.front) return sh.ends + v;
-    if (ends && v >= cut.front + cut.whole * Cut<T>::E) return sh.ends + (v - cut.whole * Cut<T>::E);
+    if (has_ends && v < cut.front) return sh.ends + v;
+    if (has_ends && v >= cut.front + cut.whole * Cut<T>::E) return sh.ends + (v - cut.whole * Cut<T>::E);
     return nullptr;
   }
 };
@@ -173,11 +166,10 @@ template <class T> struct Tile {
 // Read the tile: keep it in shared memory, or count it into this thread's (m, s), or both. Eight loads are
 // under way at a time; their maximum is taken first: s is rescaled once, and an element costs one exp.
 template <class T, bool HOLD, bool COUNT, int THREADS>
-__device__ Stats<Acc<T>> read(const T* x, const Tile<T>& tile, const Shared<T>& sh) {
-  using A = Acc<T>;
+__device__ Stats<float> read(const T* x, const Tile<T>& tile, const Shared<T>& sh) {
   constexpr int U = 8, E = Cut<T>::E;
   const int t = threadIdx.x;
-  Stats<A> r{-INFINITY, 0};
+  Stats<float> r{-INFINITY, 0};
   for (int j = tile.begin + t; j < tile.end; j += U * THREADS) {
     Cell<T> c[U];
 #pragma unroll
@@ -193,24 +185,24 @@ __device__ Stats<Acc<T>> read(const T* x, const Tile<T>& tile, const Shared<T>& 
       Cell<T> most = c[0];
 #pragma unroll
       for (int u = 1; u < U; u++) most = larger(most, c[u]);           // NaN comes in by s
-      A m = r.m;
+      float m = r.m;
       for (int e = 0; e < E; e++) m = fmax(m, number(most.v[e]));
       r = {m, r.s * shift(r.m, m)};
       m = reference(m);
 #pragma unroll
       for (int u = 0; u < U; u++)
         if (j + u * THREADS < tile.end) {
-          A s = 0;
+          float s = 0;
           for (int e = 0; e < E; e++) s += exponent(number(c[u].v[e]) - m);
           r.s += s;
         }
     }
   }
-  if (t < tile.ends) {
+  if (tile.has_ends && t < tile.cut.ends) {
     T end = x[tile.cut.end(t)];
     if (HOLD) sh.ends[t] = end;
     if (COUNT) {
-      A m = fmax(r.m, number(end));
+      float m = fmax(r.m, number(end));
       r = {m, r.s * shift(r.m, m) + exponent(number(end) - reference(m))};
     }
   }
@@ -236,78 +228,74 @@ __device__ void write(T* dx, const Tile<T>& tile, const Shared<T>* sh, F f) {
     if (aligned) store(to, c);
     else for (int e = 0; e < E; e++) to[e] = c.v[e];
   }
-  if (t < tile.ends) dx[tile.cut.end(t)] = sh ? f(sh->ends[t]) : rounded<T>(Acc<T>(0));
+  if (tile.has_ends && t < tile.cut.ends) dx[tile.cut.end(t)] = sh ? f(sh->ends[t]) : rounded<T>(0);
 }
 
 // ---------------------------------------------------------------------------------------------------- rows
-//                                                   bytes of DRAM a row       H200
-//     LOSS     x streams through registers           V b                      not run
-//     KEEP     slices stay in shared memory          2 V b                    not run
-//     REREAD   tile by tile, x is read again         3 V b, less what the     not run
-//                                                    L2 cache kept; 2 V b if the stats are known
+//                                                   bytes of DRAM a row                       a GPU
+//     LOSS     x streams through registers           V b                                       not run
+//     KEEP     slices stay in shared memory          2 V b                                     not run
+//     REREAD   tile by tile, x is read again         3 V b, less what the L2 cache kept        not run
 //
 // and K (index + p) bytes for each of the S blocks. b = sizeof(T). THREADS = 256 with 80 registers lets
 // three blocks share an SM of 228 KB if each takes at most 75: while one waits for its peers, two keep
 // loads under way. LOSS, without slices in shared memory, has 64 registers and four blocks.
 //
-// In place (dx = x) is safe: what is read of other blocks' slices, the logits at targets for the loss, is
-// read before the one barrier of the cluster, and every store comes after it. Behind it no block touches
-// another's shared memory, so each may leave when it is done. No atomics: no result depends on timing.
+// The blocks of a row meet twice. What each step guarantees:
+//     begun, wait    all S blocks run: their shared memory is there, and takes this block's (m, s)
+//     arrive         this block's (m, s) are out, and it has read the logits at targets, for the loss
+//     wait           so have all others: the row's (m, s) are here, and dx may go over x
+//     the end        no block touches another's shared memory since: each may leave when it is done
+// No atomics: no result depends on timing.
 enum Mode { LOSS, KEEP, REREAD };
 
-template <class A> __device__ Targets<A> row_targets(const Rows& r, int64_t n) {
+inline __device__ Targets<float> row_targets(const Rows& r, int64_t n) {
   const char* i = (const char*)r.indices + n * r.K * (r.wide ? 8 : 4);
-  return {i, (const A*)r.probs + n * r.K, r.K, r.V, r.wide, r.merged};
+  return {i, (const float*)r.probs + n * r.K, r.K, r.V, r.wide, r.merged};
 }
 
 template <class T, Mode M, int THREADS>
-__global__ void __launch_bounds__(THREADS, sizeof(T) == 8 ? 2 : M == LOSS ? 4 : 3)
+__global__ void __launch_bounds__(THREADS, M == LOSS ? 4 : 3)
 rows_kernel(const Rows r, const int S, const int tile_cells) {
-  using A = Acc<T>;
   constexpr int WARPS = THREADS / 32;
   static_assert(THREADS % 32 == 0 && THREADS >= 2 * Cut<T>::E - 2);
-  const int t = threadIdx.x, c = blockIdx.x % S, K = int(r.K), K_held = held(K);
+  const int t = threadIdx.x, c = blockIdx.x % S, K = int(r.K);
   const int64_t n = blockIdx.x / S;
   const T* x = (const T*)r.x + n * r.x_stride;
   T* dx = (T*)r.dx + n * r.dx_stride;
-  const Shared<T> sh(shared_memory(), tile_cells, S * WARPS, WARPS, K_held);
+  const Shared<T> sh(shared_memory(), tile_cells, S * WARPS, WARPS, K);
   const Cut<T> cut(x, int(r.V));
   const Slice slice = slice_of(cut.whole, S, c);
-  Tile<T> tile{cut, slice.begin, slice.end, c == 0 ? cut.ends : 0};
+  Tile<T> tile{cut, slice.begin, slice.end, c == 0};
 
   // P, and the targets into shared memory
-  Targets<A> q = row_targets<A>(r, n);
-  A P = 0;
+  Targets<float> q = row_targets(r, n);
+  float P = 0;
 #pragma unroll 1                                                    // K is small, and so should be the code
   for (int k = t; k < K; k += THREADS) {
     int v = int(q.index(k));
-    A p = v < 0 ? A(0) : q.p[k];
+    float p = v < 0 ? 0 : q.p[k];
     P += p;
-    if (K_held) sh.i[k] = v, sh.p[k] = p;
+    sh.i[k] = v, sh.p[k] = p;
   }
-  P = block_sum<A, WARPS>(P, sh.sums);
+  P = block_sum<WARPS>(P, sh.sums);
   if (P == 0) {                                                        // in all S blocks alike
     if (M != LOSS) write<T, THREADS>(dx, tile, (const Shared<T>*)nullptr, [](T v) { return v; });
-    if (c == 0 && t == 0 && r.loss) ((A*)r.loss)[n] = 0;
-    if (c == 0 && t == 0 && r.stats && !r.known) ((Stats<A>*)r.stats)[n] = {0, 1};   // nobody will use them
+    if (c == 0 && t == 0 && r.loss) ((float*)r.loss)[n] = 0;
     return;
   }
   if (S > 1) cluster_begun();
 
   // this thread's (m, s)
-  Stats<A> row{-INFINITY, 0};
-  if (M == KEEP || !r.known) row = warp_join(read<T, M == KEEP, true, THREADS>(x, tile, sh));
+  Stats<float> row = warp_join(read<T, M == KEEP, true, THREADS>(x, tile, sh));
 
-  // q from p, and for the loss the logits at targets. Beyond K_HELD: merged, and they stay where they are
-  if (K_held) {
-    q = {sh.i, sh.p, K, r.V, false, r.merged};
+  // q from p, and for the loss the logits at targets
+  q = {sh.i, sh.p, K, r.V, false, r.merged};
 #pragma unroll 1
-    for (int k = t; k < K; k += THREADS) {
-      int v = sh.i[k];
-      if (c == 0 && r.loss) sh.x[k] = v < 0 ? A(0) : A(number(x[v]));
-      sh.q[k] = q.mass(k);
-    }
-    q.p = sh.q;                                                        // each index once, after the barrier
+  for (int k = t; k < K; k += THREADS) {
+    int v = sh.i[k];
+    if (c == 0 && r.loss) sh.x[k] = v < 0 ? 0 : number(x[v]);
+    sh.q[k] = q.mass(k);
   }
 
   // (m, s) of the row: every warp's pair to every block, and the same sum in the same order everywhere
@@ -315,27 +303,21 @@ rows_kernel(const Rows r, const int S, const int tile_cells) {
   if (t % 32 < S) *peer(sh.pairs + c * WARPS + t / 32, t % 32) = row;
   if (S > 1) cluster_arrive(), cluster_wait();
   else __syncthreads();
-  if (M == KEEP || !r.known) {
-    row = {-INFINITY, 0};
-    for (int i = t % 32; i < S * WARPS; i += 32) row = join(row, sh.pairs[i]);
-    row = warp_join(row);
-    if (c == 0 && t == 0 && r.stats) ((Stats<A>*)r.stats)[n] = row;
-  } else {
-    row = ((const Stats<A>*)r.stats)[n];
-  }
+  row = {-INFINITY, 0};
+  for (int i = t % 32; i < S * WARPS; i += 32) row = join(row, sh.pairs[i]);
+  row = warp_join(row);
 
   if (c == 0 && r.loss) {
-    A loss = 0;
+    float loss = 0;
 #pragma unroll 1
     for (int k = t; k < K; k += THREADS)
-      if (int v = int(q.index(k)); v >= 0)                             // not held: LOSS, x is as it was
-        loss += target_loss(q.p[k], K_held ? sh.x[k] : A(number(x[v])), row);
-    loss = block_sum<A, WARPS>(loss, sh.sums);
-    if (t == 0) ((A*)r.loss)[n] = loss;
+      loss += target_loss(sh.q[k], sh.x[k], row);
+    loss = block_sum<WARPS>(loss, sh.sums);
+    if (t == 0) ((float*)r.loss)[n] = loss;
   }
 
   if (M == LOSS) return;
-  const A g = ((const A*)r.g)[n * r.g_stride], f = g * P / row.s;
+  const float g = ((const float*)r.g)[n * r.g_stride], f = g * P / row.s;
   do {
     if (M == REREAD) {
       tile.end = slice.end - tile.begin < tile_cells ? slice.end : tile.begin + tile_cells;
@@ -345,31 +327,30 @@ rows_kernel(const Rows r, const int S, const int tile_cells) {
     __syncthreads();
 #pragma unroll 1
     for (int k = t; k < K; k += THREADS)
-      if (int v = int(q.index(k)); v >= 0 && q.p[k] != 0)
+      if (int v = sh.i[k]; sh.q[k] != 0)
         if (const T* at = tile.find(v, sh))
-          dx[v] = rounded<T>(target_grad(q.p[k], A(number(*at)), row, g, P));
+          dx[v] = rounded<T>(target_grad(sh.q[k], number(*at), row, g, P));
     if (M == REREAD) __syncthreads();                                // before the next tile overwrites this
-    tile.begin = tile.end, tile.ends = 0;
+    tile.begin = tile.end, tile.has_ends = false;
   } while (M == REREAD && tile.begin < slice.end);
 }
 
 // dx (N,V) += alpha q: thread (n, k) owns target k of row n, and does nothing at the second of two
-// duplicates. Moves N K (index + p) bytes and a sector of dx each way a target. H200: not run.
-template <class T> __global__ void scatter_kernel(const Rows r, const Acc<T> alpha) {
-  using A = Acc<T>;
+// duplicates. Moves N K (index + p) bytes and a sector of dx each way a target. On a GPU: not run.
+template <class T> __global__ void scatter_kernel(const Rows r, const float alpha) {
   int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x, n = i / r.K, k = i % r.K;
   if (n >= r.N) return;
-  Targets<A> q = row_targets<A>(r, n);
-  if (A q_k = q.mass(k); q_k != 0) {
+  Targets<float> q = row_targets(r, n);
+  if (float q_k = q.mass(k); q_k != 0) {
     T* at = (T*)r.dx + n * r.dx_stride + q.index(k);
     *at = rounded<T>(number(*at) + alpha * q_k);
   }
 }
 
 // x (n,) *= *g: a thread owns every (grid)-th cell, thread 0.. of block 0 the ends. Moves 2 n b bytes, or,
-// if *g is 1 as in loss.backward(), none. H200: not run.
-template <class T> __global__ void scale_kernel(T* x, const int64_t n, const Acc<T>* g) {
-  const Acc<T> f = *g;
+// if *g is 1 as in loss.backward(), none. On a GPU: not run.
+template <class T> __global__ void scale_kernel(T* x, const int64_t n, const float* g) {
+  const float f = *g;
   if (f == 1) return;
   const Cut<T, int64_t> cut(x, n);
   const int64_t t = blockIdx.x * int64_t(blockDim.x) + threadIdx.x;

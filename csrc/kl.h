@@ -98,8 +98,6 @@ struct Rows {
   const void* g;                // A, g_stride (0 or 1) elements from row to row; read only if dx
   int64_t g_stride;
   void* loss;                   // (N,) A, written; may be null
-  void* stats;              // (N,2) A: m, s. Written if not null, or, with `known`, read: x is then read once
-  bool known;
 };
 
 }  // namespace t2t

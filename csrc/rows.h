@@ -118,7 +118,7 @@ template <bool KEEP, class T> static Stats<float> stats_of(const T* x, int64_t V
     for (;;) {
       m0 = m1 = all(from), ref = all(reference(from)), s0 = s1 = all(0);
       for (v = begin; v + 2 * L <= end; v += 2 * L) {
-        for (size_t line = 0; line < 2 * L * sizeof(T); line += 64)    // memory works meanwhile
+        for (size_t line = 0; line < 2 * L * sizeof(T); line += 64)    // memory works while this is computed
           __builtin_prefetch((const char*)(x + v + BLOCK) + line);
         Pair p = exps(load(x + v));
         if (KEEP) store(e + v, p);
@@ -137,8 +137,7 @@ template <bool KEEP, class T> static Stats<float> stats_of(const T* x, int64_t V
   return row;
 }
 
-// dx_v = factor exp(x_v - m), factor = g P / s: the gradient where no token is a target; first from what was
-// kept, then from the logits. dx may be e or x.
+// dx_v = factor exp(x_v - m), factor = g P / s: the gradient where no token is a target. dx may be e.
 template <class T>
 static void write_kept(const float* e, const float* r, T* dx, int64_t V, Stats<float> row, float factor) {
   for (int64_t begin = 0; begin < V; begin += BLOCK) {
@@ -150,27 +149,14 @@ static void write_kept(const float* e, const float* r, T* dx, int64_t V, Stats<f
       store_some(dx + v, end - v, scaled(std::is_same_v<T, float> ? load_some(e + v, end - v) : load(e + v)));
   }
 }
-template <class T> static void write_grad(const T* x, T* dx, int64_t V, Stats<float> row, float factor) {
-  F a = all(factor), m = all(row.m);
-  auto grad = [&](Pair p) __attribute__((always_inline)) { return Pair{a * exp(p.a - m), a * exp(p.b - m)}; };
-  int64_t v;
-  for (v = 0; v + 2 * L <= V; v += 2 * L) store(dx + v, grad(load(x + v)));
-  if (v < V) store_some(dx + v, V - v, grad(load_some(x + v, V - v)));
-}
 
-// dx_v = gP softmax(x)_v if dx is not null (the caller then patches the targets), and (m, s), which may be
-// `known`: x is then read once.
+// (m, s), and, if dx is not null, dx_v = gP softmax(x)_v: the caller then patches the targets.
 template <class T>
-static Stats<float> one_row(const T* x, T* dx, int64_t V, Stats<float> row, bool known, float gP,
-                            float* e, float* r) {
+static Stats<float> one_row(const T* x, T* dx, int64_t V, float gP, float* e, float* r) {
+  if (!dx) return stats_of<false>(x, V, e, r);
   if constexpr (std::is_same_v<T, float>) e = dx;
-  if (!dx) return known ? row : stats_of<false>(x, V, e, r);
-  if (known) {
-    write_grad(x, dx, V, row, gP / row.s);
-  } else {
-    row = stats_of<true>(x, V, e, r);
-    write_kept(e, r, dx, V, row, gP / row.s);
-  }
+  Stats<float> row = stats_of<true>(x, V, e, r);
+  write_kept(e, r, dx, V, row, gP / row.s);
   return row;
 }
 

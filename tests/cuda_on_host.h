@@ -51,7 +51,7 @@ template <class P> P __hmax2(P a, P b) { return {larger_of(a.x, b.x), larger_of(
 // ----------------------------------------------------------------------- blocks, warps, clusters, barriers
 struct Warp {
   std::barrier<> barrier{32};
-  double slots[2][32];                                          // in turns: one barrier a shuffle is enough
+  float slots[2][32];                                           // in turns: one barrier a shuffle is enough
 };
 struct Block {
   std::barrier<> barrier;
@@ -72,12 +72,12 @@ inline void __syncthreads() { block->barrier.arrive_and_wait(); }
 namespace t2t {
 inline char* shared_memory() { return (char*)block->shared.data(); }
 inline float exponent(float x) { return std::exp2(x * 1.4426950408889634f); }
-template <class A> A shuffle_xor(A a, int d) {
+inline float shuffle_xor(float a, int d) {
   Warp& warp = *block->warps[threadIdx.x / 32];
-  double* slots = warp.slots[turn ^= 1];
-  slots[threadIdx.x % 32] = a;                                         // a float fits
+  float* slots = warp.slots[turn ^= 1];
+  slots[threadIdx.x % 32] = a;
   warp.barrier.arrive_and_wait();
-  return A(slots[threadIdx.x % 32 ^ d]);
+  return slots[threadIdx.x % 32 ^ d];
 }
 inline void cluster_arrive() {
   arrived = std::make_unique<std::barrier<>::arrival_token>(cluster_barrier->arrive());

@@ -17,7 +17,7 @@ from torch.testing import assert_close
 HERE = Path(__file__).parent
 CSRC = HERE.parent / "csrc"
 LOSS, KEEP, REREAD = range(3)
-TYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
+TYPES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
 # -------------------------------------------------------------------------------------------------- compile
@@ -32,7 +32,7 @@ def test_no_spills(source, arch, tmp_path, record_property):
     assert done.returncode == 0, done.stderr
     kernels = re.findall(r"entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
                          r"(\d+) bytes spill loads.*?Used (\d+) registers", done.stderr, re.S)
-    assert len(kernels) == 20, done.stderr                           # 4 types of 3 modes, scatter and scale
+    assert len(kernels) == 15, done.stderr                           # 3 types of 3 modes, scatter and scale
     for name, *local, registers in kernels:
         assert local == ["0", "0", "0"], (name, local)
         record_property(name, registers)
@@ -63,7 +63,7 @@ class Rows(ctypes.Structure):                                          # as in c
                 ("x_stride", ctypes.c_int64), ("dx_stride", ctypes.c_int64),
                 ("indices", ctypes.c_void_p), ("wide", ctypes.c_bool), ("merged", ctypes.c_bool),
                 ("probs", ctypes.c_void_p), ("g", ctypes.c_void_p), ("g_stride", ctypes.c_int64),
-                ("loss", ctypes.c_void_p), ("stats", ctypes.c_void_p), ("known", ctypes.c_bool)]
+                ("loss", ctypes.c_void_p)]
 
 
 @pytest.fixture(scope="module")
@@ -78,10 +78,6 @@ def host(tmp_path_factory):
         pytest.skip("g++ is older than C++20 with <barrier>")
     assert done.returncode == 0, done.stderr
     return ctypes.CDLL(library)
-
-
-def acc(dtype):
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def laid_out(x, offset, pad):
@@ -108,11 +104,11 @@ def case(V, K, dtype, seed=0):
     i[7, ::3] = torch.tensor([V, V + 5, -7, 2**31 - 1, -2**31]).repeat(K)[:K][::3]        # outside
     x[8, V // 3] = torch.nan
     g = torch.rand(N, generator=r, dtype=torch.float64) + 0.5
-    return x.to(dtype), i, p.to(acc(dtype)), g.to(acc(dtype))
+    return x.to(dtype), i, p.float(), g.float()
 
 
 def oracle(x, i, p, g):
-    """In float64, with dense targets: loss (N,), dx (N,V), stats (N,2)."""
+    """In float64, with dense targets: loss (N,), dx (N,V)."""
     x, p, g = x.double(), p.double(), g.double()
     V = x.shape[1]
     i = torch.where((i >= 0) & (i < V), i, V)
@@ -124,43 +120,41 @@ def oracle(x, i, p, g):
     dx = g[:, None] * (P * (x - m).exp() / s - q)
     none = (P == 0)[:, 0]
     loss[none], dx[none] = 0, 0
-    return loss, dx, torch.cat([m, s], 1), none
+    return loss, dx
 
 
-def run(host, mode, C, tile, x, i, p, g=None, dx=None, loss=None, stats=None, known=False, merged=False):
+def run(host, mode, C, tile, x, i, p, g=None, dx=None, loss=None, merged=False):
     at = lambda t: None if t is None else t.data_ptr()
     i, p = i.contiguous(), p.contiguous()
     host.rows(ctypes.byref(Rows(
         TYPES[x.dtype], *x.shape, i.shape[1], at(x), at(dx), x.stride(0), 0 if dx is None else dx.stride(0),
         at(i), i.dtype == torch.int64, merged, at(p), at(g), 0 if g is None or len(g) == 1 else g.stride(0),
-        at(loss), at(stats), known)), mode, C, ctypes.c_int64(tile))
+        at(loss))), mode, C, ctypes.c_int64(tile))
 
 
 # float32: V terms of relative error 1e-6 at most (exp), K of them added. The half types round the result
 # once, by 2^-8 and 2^-11 of it, float16 below 6e-5 by 3e-8.
-def close(got, want, dtype, scale=1.0):
-    u = {torch.float64: 0, torch.float32: 0, torch.bfloat16: 2**-8, torch.float16: 2**-11}[got.dtype]
-    e = 1e-13 if dtype == torch.float64 else 2e-6
+def close(got, want, scale=1.0):
+    u = {torch.float32: 0, torch.bfloat16: 2**-8, torch.float16: 2**-11}[got.dtype]
     tiny = 3.1e-8 if got.dtype == torch.float16 else 0
-    assert_close(got.double(), want, rtol=1.01 * u + e, atol=e * scale + tiny, equal_nan=True)
+    assert_close(got.double(), want, rtol=1.01 * u + 2e-6, atol=2e-6 * scale + tiny, equal_nan=True)
 
 
-#          mode    C  tile known
-HOW = [*((LOSS, C, 0, False) for C in (1, 2, 4, 8)), *((KEEP, C, 0, False) for C in (1, 2, 4, 8)),
-       (REREAD, 1, 3, False), (REREAD, 1, 40, False), (REREAD, 2, 5, False), (REREAD, 8, 7, False),
-       (REREAD, 1, 9, True), (REREAD, 4, 6, True)]
+#          mode    C  tile
+HOW = [*((LOSS, C, 0) for C in (1, 2, 4, 8)), *((KEEP, C, 0) for C in (1, 2, 4, 8)),
+       (REREAD, 1, 3), (REREAD, 1, 40), (REREAD, 2, 5), (REREAD, 8, 7)]
 LAYOUT = list(itertools.product([0, 1], [0, 3], [None, (0, 0), (1, 2)]))  # x: offset, pad; dx: as x if None
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=lambda d: str(d)[6:])
-@pytest.mark.parametrize("mode, C, tile, known", HOW)
-def test_rows(host, mode, C, tile, known, dtype):
+@pytest.mark.parametrize("mode, C, tile", HOW)
+def test_rows(host, mode, C, tile, dtype):
     for turn, (V, K) in enumerate([(1, 1), (7, 5), (64, 32), (999, 5), (4103, 32)]):
         # all layouts for some shape and way, not each for each
-        way = turn + 5 * HOW.index((mode, C, tile, known)) + TYPES[dtype]
+        way = turn + 5 * HOW.index((mode, C, tile)) + TYPES[dtype]
         offset, pad, place = LAYOUT[way % len(LAYOUT)]
         x0, i, p, g = case(V, K, dtype, seed=turn)
-        want_loss, want_dx, want_stats, none = oracle(x0, i, p, g)
+        want_loss, want_dx = oracle(x0, i, p, g)
         if turn % 2:
             i = i.int()
         if turn % 3 == 0:                                              # one upstream gradient for all rows
@@ -169,18 +163,13 @@ def test_rows(host, mode, C, tile, known, dtype):
             place = (0, 0)
         around_x, x = laid_out(x0, offset, pad)
         around_dx, dx = (around_x, x) if place is None else laid_out(torch.full_like(x0, torch.nan), *place)
-        loss = torch.full((len(x),), torch.nan, dtype=acc(dtype))
-        stats = torch.full((len(x), 2), torch.nan, dtype=acc(dtype))
-        if known:
-            run(host, LOSS, 1, 0, x, i, p, stats=stats)
-        run(host, mode, C, tile, x, i, p, g, None if mode == LOSS else dx, loss, stats, known)
+        loss = torch.full((len(x),), torch.nan)
+        run(host, mode, C, tile, x, i, p, g, None if mode == LOSS else dx, loss)
 
         scale = max(1, K / 2)                                          # of P, and of the terms of the loss
-        close(loss, want_loss, dtype, 10 * scale)
-        real = ~none & ~want_stats.isnan().any(1)
-        close(stats[real], want_stats[real], dtype)
+        close(loss, want_loss, 10 * scale)
         if mode != LOSS:
-            close(dx, want_dx, dtype, 2 * scale)
+            close(dx, want_dx, 2 * scale)
             around_dx.as_strided(dx.shape, dx.stride(), dx.storage_offset()).fill_(torch.nan)
             assert around_dx.isnan().all()                             # nothing was written beside it
         if place is not None:
@@ -188,19 +177,17 @@ def test_rows(host, mode, C, tile, known, dtype):
 
 
 @pytest.mark.parametrize("C", [1, 4])
-def test_more_targets_than_are_held(host, C):
+def test_as_many_targets_as_are_held(host, C):
     x, i, p, g = case(4103, 1, torch.float32)
-    i = torch.stack([torch.randperm(4103)[:1500] for _ in x])          # merged, as the bindings would
+    i = torch.stack([torch.randperm(4103)[:1024] for _ in x])          # merged, as the bindings would
     i[:, ::7] = -1
     p = torch.rand(i.shape)
-    want_loss, want_dx, *_ = oracle(x, i, p, g)
-    loss, dx = torch.full((len(x),), torch.nan), torch.full_like(x, torch.nan)
-    run(host, LOSS, C, 0, x, i, p, loss=loss, merged=True)
-    run(host, KEEP, C, 0, x, i, p, g, dx, merged=True)
-    close(loss, want_loss, torch.float32, 1e4)
-    close(dx, want_dx, torch.float32, 1e3)
-    run(host, REREAD, C, 11, x, i, p, g, x, merged=True)
-    close(x, want_dx, torch.float32, 1e3)
+    want_loss, want_dx = oracle(x, i, p, g)
+    for mode, tile in (KEEP, 0), (REREAD, 11):
+        loss, dx = torch.full((len(x),), torch.nan), torch.full_like(x, torch.nan)
+        run(host, mode, C, tile, x, i, p, g, dx, loss, merged=True)
+        close(loss, want_loss, 1e4)
+        close(dx, want_dx, 1e3)
 
 
 def test_at_a_target_the_difference_is_rounded_once(host):
@@ -208,7 +195,7 @@ def test_at_a_target_the_difference_is_rounded_once(host):
     x = torch.randn(4, 64).bfloat16()
     i = torch.arange(64).repeat(4, 1)
     p = torch.softmax(x.float(), 1) * (1 + 0.01 * torch.randn(4, 64))
-    _, want, *_ = oracle(x, i, p, torch.ones(4))
+    _, want = oracle(x, i, p, torch.ones(4))
     dx = torch.full_like(x, torch.nan)
     run(host, KEEP, 2, 0, x, i, p, torch.ones(1), dx)
     assert_close(dx.double(), want, rtol=1.01 * 2**-8, atol=1e-7)
@@ -224,7 +211,7 @@ def test_scatter(host, dtype):
     job = Rows(type=TYPES[dtype], N=len(x), V=64, K=32, dx=out.data_ptr(), dx_stride=out.stride(0),
                indices=i.data_ptr(), wide=True, probs=p.data_ptr())
     host.scatter(ctypes.byref(job), ctypes.c_double(-2.5))
-    close(out, x.double() - 2.5 * q[:, :64], dtype, 10)
+    close(out, x.double() - 2.5 * q[:, :64], 10)
     out.fill_(torch.nan)
     assert around.isnan().all()
 
@@ -235,9 +222,9 @@ def test_scale(host, dtype, n, offset):
     x = torch.randn(1, n).to(dtype)
     around, out = laid_out(x, offset, 0)
     for g in 1, 0.3:
-        factor = torch.tensor([g], dtype=acc(dtype))
+        factor = torch.tensor([g], dtype=torch.float32)
         host.scale(TYPES[dtype], ctypes.c_void_p(out.data_ptr()), ctypes.c_int64(n),
                    ctypes.c_void_p(factor.data_ptr()))
-        assert_close(out, (x.to(acc(dtype)) * factor).to(dtype), rtol=0, atol=0)
+        assert_close(out, (x.float() * factor).to(dtype), rtol=0, atol=0)
     out.fill_(torch.nan)
     assert around.isnan().all()

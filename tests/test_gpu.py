@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_ext import DTYPES, acc, case, check_gradient, check_loss, gradient, name, oracle
+from test_ext import DTYPES, case, check_gradient, check_loss, gradient, name, oracle
 from torch.testing import assert_close
 
 import build_ext
@@ -19,6 +19,7 @@ from t2t import linear_vocab_kl, scatter_targets, vocab_kl
 
 pytestmark = [pytest.mark.ext, pytest.mark.gpu]
 ops = torch.ops.t2t
+DTYPES = DTYPES[1:]                                                   # float64 is refused, see below
 SHAPES = [(1, 1, 1), (33, 7, 7), (33, 64, 32), (33, 999, 999), (33, 999, 0), (0, 64, 32), (4096, 64, 1),
           (5, 16391, 32), (64, 32000, 32), (300, 50257, 32), (300, 128256, 32), (5, 262144, 300)]
 
@@ -72,7 +73,7 @@ def test_special_values(dtype):
     x, i, p, g = case(8, 40_000, 9, dtype, device="cuda")
     x[0, ::3] = x[3, :20_000] = x[4, 20_000:] = -math.inf
     i = i.where(x.gather(1, i.clamp_min(0)) > -math.inf, -1)
-    x[5] = x[5] + (1e4 if dtype in DTYPES[:2] else 8)
+    x[5] = x[5] + (1e4 if dtype == torch.float32 else 8)
     i[6] = i[6, 0].clone()
     i[7, ::2] = torch.tensor([40_000, -7, 2**40, -2**40, 2**63 - 1], device="cuda")
     want, dx, terms = oracle(x, i, p)
@@ -127,6 +128,14 @@ def test_other_devices_are_refused():
         ops.vocab_kl(x.cuda(), i, p)
 
 
+@pytest.mark.parametrize("dtype, K", [(torch.float64, 3), (torch.float32, 1025)])
+def test_what_only_torch_takes_says_so(dtype, K):
+    x, i, p, _ = case(2, 2000, K, dtype, device="cuda")
+    with pytest.raises(ValueError, match="float16 and at most 1024 targets.*impl='torch'"):
+        vocab_kl(x, i, p, impl="ext")
+    assert vocab_kl(x, i, p, impl="torch").isfinite()
+
+
 def test_graph():
     """Captured once, replayed on other numbers in the same memory: the host decides nothing."""
     x, i, p, g = case(64, 32000, 32, torch.bfloat16, device="cuda")
@@ -168,7 +177,7 @@ def test_nothing_waits():
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("dtype", DTYPES[:3], ids=name)
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=name)
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 def test_linear_equals_torch(dtype, reduction):
     torch.manual_seed(0)
@@ -204,10 +213,9 @@ def test_more_than_2_to_the_31_elements():
     probs = torch.zeros(N, 9, device="cuda")
     some[-1], probs[-1] = i[0], p[0]
     want, dx, terms = (t[:1] for t in oracle(last, i, p))
-    loss, stats = ops.kl_loss(x, some, probs)
-    check_loss(loss[-1:], want, terms)
+    check_loss(ops.kl_loss(x, some, probs)[-1:], want, terms)
     one = torch.ones(1, device="cuda")
-    check_gradient(ops.kl_grad(x, some, probs, stats, one)[-1:], dx, 5)
+    check_gradient(ops.kl_loss_grad(x, some, probs, one)[1][-1:], dx, 5)
     loss = ops.kl_loss_grad_(x, some, probs, one)
     assert (loss[:-1] == 0).all() and not x[:-1].any()
     check_gradient(x[-1:], dx, 5)
@@ -227,8 +235,7 @@ for dtype in (torch.bfloat16, torch.float32):
             x = store[offset:].view(N, V)
             i, p = torch.randint(-1, V, (N, K), device="cuda"), torch.rand(N, K, device="cuda")
             g = torch.rand(N, device="cuda")
-            loss, stats = ops.kl_loss(x, i, p)
-            ops.kl_grad(x, i, p, stats, g)
+            ops.kl_loss(x, i, p)
             ops.kl_loss_grad(x, i.int(), p, g[:1])
             ops.kl_loss_grad_(x, i, p, g)
             ops.scatter_targets_(x, i, p)
@@ -267,4 +274,4 @@ def test_dtypes_of_results():
     for dtype in DTYPES:
         x, i, p, g = case(5, 300, 9, dtype, device="cuda")
         loss, dx = gradient(x, i, p, g, "none")
-        assert loss.dtype == acc(dtype) and dx.dtype == dtype
+        assert loss.dtype == torch.float32 and dx.dtype == dtype
