@@ -2,7 +2,7 @@
 // kernels.cuh.
 //
 //     vocab_kl, vocab_kl_, linear_vocab_kl     what users call; they have gradients
-//     kl_loss, kl_loss_grad[_], linear_kl, scale_, scatter_targets[_]     their parts; no gradients
+//     kl_loss, kl_loss_grad[_], linear_kl, scale_, scatter_targets_       their parts; no gradients
 //
 // The gradient is made with the loss, while the row is at hand: V read and V written, where a forward and a
 // backward would read V twice. backward() then only multiplies by what comes from above, and does not touch V
@@ -108,8 +108,8 @@ static void run(In x, Tensor indices, Tensor probs, In g, In dx, In loss,
          pointer(loss)};
   if (x.is_cpu()) return scatter ? scatter_cpu(j, *scatter) : rows_cpu(j);
 #ifdef T2T_CUDA
-  TORCH_CHECK_VALUE(j.type != F64 && (scatter || j.K <= K_CUDA), "the GPU's kernel takes float32, bfloat16 or "
-                    "float16 and at most ", K_CUDA, " targets a row, got ", x.dtype(), " and ", j.K,
+  TORCH_CHECK_VALUE(j.type != F64 && (scatter || j.K <= K_CUDA), "a GPU: expected float32, bfloat16 or float16 "
+                    "and at most ", K_CUDA, " targets a row, got ", x.dtype(), " and ", j.K,
                     ": pass impl='torch'");
   c10::cuda::CUDAGuard guard(x.device());
   auto stream = c10::cuda::getCurrentCUDAStream();
@@ -177,11 +177,6 @@ void scatter_targets_(In out, In indices, In probs, double alpha) {
   run(out, indices, probs, {}, out, {}, &alpha);
   torch::autograd::impl::bump_version(out);
 }
-Tensor scatter_targets(In indices, In probs, int64_t V) {
-  Tensor out = at::zeros({indices.size(0), V}, probs.options());
-  scatter_targets_(out, indices, probs, 1);
-  return out;
-}
 
 // Loss, and those of dh, dW, db that are wanted (the others come back empty), with the logits z a chunk of
 // rows at a time. z and its gradient are one buffer, the same for every chunk. With a soft cap c, a second
@@ -229,24 +224,21 @@ Four linear_kl(In hidden, In weight, InMaybe bias, In indices,
 }
 
 // -------------------------------------------------------------------- the parts, where there are only shapes
-Tensor kl_loss_meta(In x, In, In) { return losses(x); }
-Two kl_loss_grad_meta(In x, In, In, In) {
-  return {losses(x), at::empty_symint(x.sym_sizes(), x.options())};
-}
-Tensor kl_loss_grad_meta_(In x, In, In, In) { return losses(x); }
-void scale_meta_(In, In) {}
-void scatter_targets_meta_(In, In, In, double) {}
-Tensor scatter_targets_meta(In indices, In probs, c10::SymInt V) {
-  return at::empty_symint({indices.sym_size(0), V}, probs.options());
-}
-Four linear_kl_meta(In hidden, In weight, InMaybe, In, In,
-                    In, double, std::optional<double>, int64_t, bool want_h, bool want_W, bool want_b) {
+namespace meta {
+Tensor kl_loss(In x, In, In) { return losses(x); }
+Two kl_loss_grad(In x, In, In, In) { return {losses(x), at::empty_symint(x.sym_sizes(), x.options())}; }
+Tensor kl_loss_grad_(In x, In, In, In) { return losses(x); }
+void scale_(In, In) {}
+void scatter_targets_(In, In, In, double) {}
+Four linear_kl(In hidden, In weight, InMaybe, In, In, In, double, std::optional<double>, int64_t, bool want_h,
+               bool want_W, bool want_b) {
   auto like = [](In t, bool want) {
     return want ? at::empty_symint(t.sym_sizes(), t.options()) : no_tensor(t);
   };
   return {losses(hidden), like(hidden, want_h), like(weight, want_W),
           want_b ? at::empty_symint({weight.sym_size(0)}, weight.options()) : no_tensor(weight)};
 }
+}  // namespace meta
 
 // -------------------------------------------------------------------------------------------------- autograd
 #define CALL(name) \
@@ -344,17 +336,10 @@ struct Linear : torch::autograd::Function<Linear> {
 
 static bool wanted(In t) { return at::GradMode::is_enabled() && t.requires_grad(); }
 
-static Tensor any_vocab_kl(In x, In i, In p, int64_t reduction, bool inplace) {
-  if (!wanted(x))
-    return reduce(CALL(kl_loss)(x, i, p), weight_of(x, i, p, reduction), reduction);
+template <bool inplace> Tensor vocab_kl(In x, In i, In p, int64_t reduction) {
+  if (!wanted(x)) return reduce(CALL(kl_loss)(x, i, p), weight_of(x, i, p, reduction), reduction);
   if (reduction == NONE) return PerRow::apply(x, i, p);
   return Fused::apply(x, i, p, reduction, inplace && own_rows(x));
-}
-Tensor vocab_kl(In x, In i, In p, int64_t reduction) {
-  return any_vocab_kl(x, i, p, reduction, false);
-}
-Tensor vocab_kl_(In x, In i, In p, int64_t reduction) {
-  return any_vocab_kl(x, i, p, reduction, true);
 }
 Tensor linear_vocab_kl(In hidden, In weight, In indices, In probs,
                        InMaybe bias, int64_t reduction, double scale, std::optional<double> softcap,
@@ -383,9 +368,10 @@ Tensor linear_autocast(In hidden, In weight, In indices, In probs,
 }  // namespace t2t
 
 TORCH_LIBRARY(t2t, m) {                                       // reduction: 0 none, 1 mean, 2 sum
-  m.def("vocab_kl(Tensor logits, Tensor indices, Tensor probs, int reduction=1) -> Tensor", t2t::vocab_kl);
+  m.def("vocab_kl(Tensor logits, Tensor indices, Tensor probs, int reduction=1) -> Tensor",
+        t2t::vocab_kl<false>);
   m.def("vocab_kl_(Tensor(a!) logits, Tensor indices, Tensor probs, int reduction=1) -> Tensor",
-        t2t::vocab_kl_);
+        t2t::vocab_kl<true>);
   m.def("linear_vocab_kl(Tensor hidden, Tensor weight, Tensor indices, Tensor probs, Tensor? bias=None, "
         "int reduction=1, float scale=1, float? softcap=None, int chunk=1024) -> Tensor",
         t2t::linear_vocab_kl);
@@ -396,31 +382,20 @@ TORCH_LIBRARY(t2t, m) {                                       // reduction: 0 no
         "float scale, float? softcap, int chunk, bool want_h, bool want_W, bool want_b) "
         "-> (Tensor loss, Tensor dh, Tensor dW, Tensor db)");
   m.def("scale_(Tensor(a!) x, Tensor g) -> ()");
-  m.def("scatter_targets(Tensor indices, Tensor probs, SymInt V) -> Tensor");
   m.def("scatter_targets_(Tensor(a!) out, Tensor indices, Tensor probs, float alpha=1) -> ()");
 }
 
-#define PARTS(m, suffix) \
-  m.impl("kl_loss", t2t::kl_loss##suffix), m.impl("kl_loss_grad", t2t::kl_loss_grad##suffix); \
-  m.impl("linear_kl", t2t::linear_kl##suffix); \
-  m.impl("scatter_targets", t2t::scatter_targets##suffix)
-TORCH_LIBRARY_IMPL(t2t, CPU, m) {
-  PARTS(m, ), m.impl("kl_loss_grad_", t2t::kl_loss_grad_), m.impl("scale_", t2t::scale_);
-  m.impl("scatter_targets_", t2t::scatter_targets_);
-}
+#define PARTS(m, of) \
+  m.impl("kl_loss", of::kl_loss), m.impl("kl_loss_grad", of::kl_loss_grad); \
+  m.impl("kl_loss_grad_", of::kl_loss_grad_), m.impl("linear_kl", of::linear_kl); \
+  m.impl("scale_", of::scale_), m.impl("scatter_targets_", of::scatter_targets_)
+TORCH_LIBRARY_IMPL(t2t, CPU, m) { PARTS(m, t2t); }
+TORCH_LIBRARY_IMPL(t2t, Meta, m) { PARTS(m, t2t::meta); }
 #ifdef T2T_CUDA
-TORCH_LIBRARY_IMPL(t2t, CUDA, m) {
-  PARTS(m, ), m.impl("kl_loss_grad_", t2t::kl_loss_grad_), m.impl("scale_", t2t::scale_);
-  m.impl("scatter_targets_", t2t::scatter_targets_);
-}
+TORCH_LIBRARY_IMPL(t2t, CUDA, m) { PARTS(m, t2t); }
 #endif
-TORCH_LIBRARY_IMPL(t2t, Meta, m) {
-  PARTS(m, _meta), m.impl("kl_loss_grad_", t2t::kl_loss_grad_meta_), m.impl("scale_", t2t::scale_meta_);
-  m.impl("scatter_targets_", t2t::scatter_targets_meta_);
-}
 TORCH_LIBRARY_IMPL(t2t, Autograd, m) {                        // the parts say so if they are differentiated
-  for (auto name : {"kl_loss", "kl_loss_grad", "kl_loss_grad_", "linear_kl", "scale_",
-                    "scatter_targets", "scatter_targets_"})
+  for (auto name : {"kl_loss", "kl_loss_grad", "kl_loss_grad_", "linear_kl", "scale_", "scatter_targets_"})
     m.impl(name, torch::autograd::autogradNotImplementedFallback());
 }
 TORCH_LIBRARY_IMPL(t2t, AutocastCPU, m) {

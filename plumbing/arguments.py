@@ -59,8 +59,7 @@ def scatter_targets(indices, probs, V=None, out=None, impl="auto", check=None):
     rows = probs.new_empty(len(probs), 0) if out is None else out
     check_targets("out", rows, V, indices, probs, "none", impl, check)
     if compiled(impl, probs.device.type):
-        if out is None:
-            return torch.ops.t2t.scatter_targets(indices, probs, V)
+        out = probs.new_zeros(len(probs), V) if out is None else out
         torch.ops.t2t.scatter_targets_(out, indices, probs)
         return out
     A = torch.float64 if rows.dtype == torch.float64 else torch.float32
