@@ -1,8 +1,8 @@
 """Build csrc/, the compiled vocab_kl:    python build_ext.py
 
 With CUDA where torch has it and nvcc is found (a GPU need not be there: TORCH_CUDA_ARCH_LIST names the
-architectures, else those of the GPUs here, else sm_80, sm_90 and sm_100), for CPU otherwise. The result is
-kept under a hash of the sources, the flags, torch and Python: a second call only loads it.
+architectures, else those of the GPUs here, else what nvcc knows of 8.0, 9.0 and 10.0), for CPU otherwise. The
+result is kept under a hash of the sources, the flags, torch and Python: a second call only loads it.
 """
 import functools
 import importlib.util
@@ -44,6 +44,13 @@ def with_cuda():
     return bool(torch.version.cuda and CUDA_HOME and (Path(CUDA_HOME) / "bin" / "nvcc").exists())
 
 
+def architectures():
+    """What nvcc knows of 8.0, 9.0 and (from CUDA 12.8 on) 10.0, and PTX of the newest for GPUs after it."""
+    nvcc = [str(Path(CUDA_HOME) / "bin" / "nvcc"), "--list-gpu-arch"]
+    known = subprocess.run(nvcc, capture_output=True, text=True).stdout.split()
+    return ";".join(a for a in ("8.0", "9.0", "10.0") if f"compute_{a.replace('.', '')}" in known) + "+PTX"
+
+
 @functools.lru_cache(1)
 def folder_name():
     """A hash of all that the result depends on. Reads csrc/ once a process."""
@@ -72,7 +79,7 @@ def load(build):
 
     def write(folder):
         if cuda and not torch.cuda.is_available():             # with no GPU to ask, torch has no default
-            os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0")
+            os.environ.setdefault("TORCH_CUDA_ARCH_LIST", architectures())
         print(f"building csrc/{' with CUDA' * cuda}, once, about a minute ...", file=sys.stderr, flush=True)
         files = [str(CSRC / f) for f in ["bind.cpp", "cpu.cpp"] + ["cuda.cu"] * cuda]
         flags = CFLAGS + ["-DT2T_CUDA"] * cuda + os.environ.get("CFLAGS", "").split()

@@ -108,8 +108,8 @@ static void run(In x, Tensor indices, Tensor probs, In g, In dx, In loss,
          pointer(loss)};
   if (x.is_cpu()) return scatter ? scatter_cpu(j, *scatter) : rows_cpu(j);
 #ifdef T2T_CUDA
-  TORCH_CHECK_VALUE(j.type != F64 && (scatter || j.K <= K_CUDA), "a GPU: expected float32, bfloat16 or float16 "
-                    "and at most ", K_CUDA, " targets a row, got ", x.dtype(), " and ", j.K,
+  TORCH_CHECK_VALUE(j.type != F64 && (scatter || j.K <= K_CUDA), "on a GPU: expected float32, bfloat16 or "
+                    "float16 and at most ", K_CUDA, " targets a row, got ", x.dtype(), " and ", j.K,
                     ": pass impl='torch'");
   c10::cuda::CUDAGuard guard(x.device());
   auto stream = c10::cuda::getCurrentCUDAStream();

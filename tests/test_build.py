@@ -40,6 +40,15 @@ def test_without_ninja(monkeypatch):
         build_ext.tools()
 
 
+@pytest.mark.parametrize("known, built", [("75 80 90 100 120", "8.0;9.0;10.0+PTX"),
+                                          ("80 86 90", "8.0;9.0+PTX")])
+def test_builds_for_what_nvcc_knows(known, built, monkeypatch):
+    says = "".join(f"compute_{n}\n" for n in known.split())
+    monkeypatch.setattr(build_ext, "CUDA_HOME", "/cuda")
+    monkeypatch.setattr(build_ext.subprocess, "run", lambda *a, **k: subprocess.CompletedProcess(a, 0, says))
+    assert build_ext.architectures() == built
+
+
 def test_with_a_compiler_that_fails(tmp_path):
     status, out, err = python("build_ext.py", cache=tmp_path / "cache", CXX="false")
     assert status and "Traceback" not in err
