@@ -609,8 +609,8 @@ def test_all_of_the_result_is_written(ext, poison, dtype, N, V, K):
     parts = [ops.kl_loss(x, i, p), *ops.kl_loss_grad(x, i, p, g), scatter_targets(i, p, V, impl="ext")]
     h, W, b = (torch.ones(s, dtype=dtype) for s in ((N, 3), (V, 3), (V,)))
     for wants in itertools.product([False, True], repeat=3):
-        for softcap in None, 2.0:
-            parts += ops.linear_kl(h, W, b, i, p, g, 1.0, softcap, 2, *wants)
+        for softcap, bias in itertools.product([None, 2.0], [None, b]):
+            parts += ops.linear_kl(h, W, bias, i, p, g, 0.7, softcap, 2, *wants)
     assert all(part.isfinite().all() for part in parts)
 
 
@@ -672,10 +672,10 @@ def test_a_second_backward_of_linear_is_right(ext, reduction):
     _, i, p, g = case(7, 50, 9)
     wrt = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((7, 6), (50, 6), (50,))]
     for b in None, wrt[2]:
-        loss = linear_vocab_kl(*wrt[:2], i, p, b, reduction, "ext", chunk=3)
+        loss = linear_vocab_kl(*wrt[:2], i, p, b, reduction, "ext", scale=0.7, chunk=3)
         up, inputs = g if reduction == "none" else g[0], wrt[:2] if b is None else wrt
         first, second = (torch.autograd.grad(loss, inputs, c * up, retain_graph=True) for c in (1, 2))
-        loss = linear_vocab_kl(*wrt[:2], i, p, b, reduction, "torch", chunk=3)
+        loss = linear_vocab_kl(*wrt[:2], i, p, b, reduction, "torch", scale=0.7, chunk=3)
         want = torch.autograd.grad(loss, inputs, up)
         assert_close(first, want)
         assert_close(second, tuple(2 * w for w in want))
