@@ -118,7 +118,7 @@ template <bool KEEP, class T> static Stats<float> stats_of(const T* x, int64_t V
     for (;;) {
       m0 = m1 = all(from), ref = all(reference(from)), s0 = s1 = all(0);
       for (v = begin; v + 2 * L <= end; v += 2 * L) {
-        for (size_t line = 0; line < 2 * L * sizeof(T); line += 64)    // memory works while this is computed
+        for (size_t line = 0; line < 2 * L * sizeof(T); line += 64)    // memory works meanwhile
           __builtin_prefetch((const char*)(x + v + BLOCK) + line);
         Pair p = exps(load(x + v));
         if (KEEP) store(e + v, p);

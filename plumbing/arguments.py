@@ -23,8 +23,13 @@ def settle(config):
         computes_bfloat16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     dtype = config.dtype if config.dtype != "auto" else "bfloat16" if computes_bfloat16 else "float32"
     targets = config.method in config.__dataclass_fields__["impl"].metadata["methods"]
-    return replace(config, device=device, dtype=dtype,
-                   impl=choose(config.impl, device) if targets else "torch",
+    impl = config.impl
+    if targets and device == "cuda" and config.top_k > 1024:           # a block of threads holds so many
+        if impl == "ext":
+            raise Error(f"--top-k: expected at most 1024 with --impl ext on a GPU, got {config.top_k}: pass "
+                        "--impl torch")
+        impl = "torch"
+    return replace(config, device=device, dtype=dtype, impl=choose(impl, device) if targets else "torch",
                    lr=DEFAULT_LR[config.method] if config.lr is None else config.lr)
 
 

@@ -517,3 +517,11 @@ def test_show_targets_trains_nothing(backbone, texts_file, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert shown.count("The ") >= 3 and any(animal in shown for animal in ("dog ", "cat ", "horse "))
     assert not (tmp_path / "a").exists()
+
+
+def test_more_targets_than_the_kernel_holds_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    assert t2t.settle(Config(device="cuda", top_k=1025)).impl == "torch"
+    with pytest.raises(Error, match="at most 1024 with --impl ext on a GPU, got 1025"):
+        t2t.settle(Config(device="cuda", top_k=1025, impl="ext"))
