@@ -462,8 +462,10 @@ def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     p.add_argument("--quick", action="store_true", help="what the goals need, in minutes")
     p.add_argument("--threads", type=int, default=2, help="of the CPU (default: 2)")
-    p.add_argument("--out", type=Path, default=ROOT / "results", help="folder (default: results/)")
+    p.add_argument("--publish", action="store_true", help="write the tables to results/, not to runs/")
     a = p.parse_args()
+    out = ROOT / ("results" if a.publish else "runs")
+    out.mkdir(exist_ok=True)
     torch.set_num_threads(a.threads)
     ext, device = build_ext.load(build=True), "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not ext.cuda:
@@ -480,8 +482,8 @@ def main():
         facts |= {"goals": goals(facts["tables"], device), "load at end": os.getloadavg()[0],
                   "seconds": round(time.time() - begun)}
         print(f"{facts['seconds']:4} s  {done}", file=sys.stderr, flush=True)
-        (a.out / f"{name}.json").write_text(json.dumps(facts, indent=1) + "\n")
-        (a.out / f"{name}.md").write_text(markdown(facts))
+        (out / f"{name}.json").write_text(json.dumps(facts, indent=1) + "\n")
+        (out / f"{name}.md").write_text(markdown(facts))
     print(markdown(facts))
     if facts["failed"]:
         raise Error(f"{len(facts['failed'])} tables failed: {facts['failed'][0]}")
