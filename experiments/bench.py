@@ -5,7 +5,7 @@ in ms a call; goals compare medians. On a CPU by the clock, with logits just wri
 product leaves them; on a GPU by events, after 1 GB of reads: L2 is cold and clean, and the host ahead.
 Nothing wrong is timed: losses, and gradients at three rows, are first compared with float64. Peers get what
 they are made for: dense targets, made within the time, or, for cross-entropy, one label a row. Writes
-results/bench-DEVICE.json and .md; with --quick, what the goals need, in minutes, bench-DEVICE-quick.
+runs/bench-DEVICE.json and .md (--publish: in results/); --quick: what the goals need, in minutes.
 """
 import argparse
 import ctypes
