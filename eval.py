@@ -15,6 +15,7 @@ Exit status: 0 all scored, 2 a mistake in the call, 3 some task not scored, 130 
 import argparse
 import copy
 import difflib
+import functools
 import hashlib
 import json
 import logging
@@ -97,13 +98,21 @@ def load(path, device="auto"):
     except Exception as error:  # truncated weights, a broken tokenizer, shapes that do not fit
         refusal = Error(f"expected a model that loads in {path}, got {brief(error)}; copy it again")
         raise error if isinstance(error, Error) else refusal from None
-    model[0].register_forward_pre_hook(lambda module, args: some_token(*args))
+    model[0].register_forward_pre_hook(some_token)
     if not all(bool(weight.isfinite().all()) for weight in model.parameters()):
         raise Error(f"expected finite weights in {path}, got NaN or infinity; use an earlier checkpoint")
-    return model.eval()
+    model.eval()
+    gpus = [f"cuda:{n}" for n in range(torch.cuda.device_count() if device == "cuda" else 0)]
+    return spread(model, gpus) if len(gpus) > 1 else model
 
-def some_token(batch, *_):
+def spread(model, devices):
+    """The model, encoding on all of these devices at once, a process each."""
+    model.encode = functools.partial(model.encode, pool=model.start_multi_process_pool(devices))
+    return model
+
+def some_token(module, args):
     """Texts without a single token, in a batch of their own, are one of padding: models fail on no tokens."""
+    batch = args[0]
     if "input_ids" in batch and not batch["input_ids"].numel():
         empty = batch["input_ids"].new_zeros(len(batch["input_ids"]), 1).long()
         batch.update(input_ids=empty, attention_mask=empty)

@@ -21,7 +21,7 @@ the equations above: only the abstract could be read. plumbing/ holds files, che
 """
 from dataclasses import asdict, dataclass, field
 
-from plumbing.cli import Error, checked, command_line, parse, run_command
+from plumbing.cli import RANK, Error, checked, command_line, parse, run_command
 
 # ------------------------------------------------------------------------------------------------ 0. settings
 TARGETS = ("data", "model", "both")      # methods with token targets
@@ -59,8 +59,7 @@ class Config:
     device: str = setting("auto", "where to train", ALL, ["auto", "cpu", "cuda"])
     dtype: str = setting("auto", "of arithmetic; auto: bfloat16 where the processor computes it", ALL,
                          ["auto", "float32", "bfloat16"])
-    impl: str = setting("auto", "of the loss; ext: csrc/, compiled; auto: ext if build_ext.py has built it",
-                        TARGETS, ["auto", "torch", "ext"])
+    impl: str = setting("auto", "of the loss; ext: csrc/, auto: if built", TARGETS, ["auto", "torch", "ext"])
     save_every: int = setting(50, "steps between savings, from which --resume goes on", TRAINED, least=1)
     resume: bool = setting(False, "go on with the interrupted run in --out, if there is one", TRAINED)
     overwrite: bool = setting(False, "replace what --out holds")
@@ -95,7 +94,7 @@ from torch.utils.checkpoint import checkpoint as recomputed
 from tqdm import tqdm
 
 from build_ext import compiled
-from plumbing import folders
+from plumbing import folders, processes
 from plumbing.arguments import check_targets, scatter_targets, settle  # noqa: F401 (re-exported)
 from plumbing.backbones import (add_adapters, check_head, fetched, identity_of, origin, positions,
                                 read_backbone, usable_length)
@@ -489,7 +488,7 @@ def target_loss(batch, forward, H, scale, indices, probs, impl):
 
     Yields a part of L for each micro-batch: call backward on it before the next, so that one graph is held.
     batch: list of (ids, mask) (b,T); forward(ids, mask) -> x (b,T,C), h (b,C); indices, probs (B,K)."""
-    valid, sizes = (indices >= 0).any(1).sum().clamp_min(1), [len(ids) for ids, _ in batch]
+    valid, sizes = processes.total((indices >= 0).any(1).sum()).clamp_min(1), [len(ids) for ids, _ in batch]
     for (ids, mask), i, p in zip(batch, indices.split(sizes), probs.split(sizes)):                    # (b,K)
         _, h = forward(ids, mask)                                                                    # (b,C)
         yield vocab_kl(H(scale * h), i, p, reduction="sum", impl=impl, inplace=True, check=False) / valid
@@ -656,24 +655,26 @@ def fit(model, embedder, config, *, out, tokens, q, on_step):
     optimizer = torch.optim.AdamW(params, lr=config.lr, betas=(0.9, 0.98), weight_decay=0.01)
     run = folders.load_state(out, config, model, optimizer, tokens.hash)
     if run is None:
-        run = {"step": 0, "seconds": 0.0, "real_tokens": 0, "padded_tokens": 0, "scale": 1.0}
+        run = {"step": 0, "seconds": 0.0, "scale": 1.0}
         if q:
             some = epoch_permutation(config.seed, 0, len(tokens))[:min(1024, len(q.texts))]
             some = some[(q.of(some)[0] >= 0).any(1).numpy()][:128]              # (n,) texts that have targets
             h = embedder.pooled([tokens[n] for n in some], config.micro_batch).to(device)            # (n,C)
-            run["scale"] = measure_scale(h, H, *(a.to(device) for a in q.of(some)))
+            run["scale"] = processes.same(measure_scale(h, H, *(a.to(device) for a in q.of(some))))
     embedder.scale, resumed, earlier, started = run["scale"], run["step"], run["seconds"], time.time()
     print(f"{sum(p.numel() for p in params):,} weights learn, rate {config.lr:g}, {config.attention}, "
           f"s = {embedder.scale:g}; {len(tokens):,} texts, {config.steps} steps of {B}; {config.dtype} on "
           f"{device}, loss by {config.impl}", flush=True)
 
-    log = open(out / "state" / "log.jsonl", "a" if resumed else "w")
-    bar = tqdm(total=config.steps * B, initial=resumed * B, unit=" texts", desc="train")
+    log = folders.open_log(out, "a" if resumed else "w")
+    bar = tqdm(total=config.steps * B, initial=resumed * B, unit=" texts", desc="train", disable=bool(RANK))
     with folders.between_steps() as interrupted, log, bar:
-        while run["step"] < config.steps and not interrupted:
+        stop = False
+        while run["step"] < config.steps and not stop:
             # ------------------------------------------------------------------------------ BEGIN: one step
-            torch.manual_seed(config.seed * 1_000_003 + run["step"])  # seeded at each step: no state to save
+            torch.manual_seed(config.seed * 1_000_003 + run["step"] + RANK * 10**9)      # no state to save
             texts = bucketed_batch(run["step"], config.seed, lengths, B, 1 if contrasts else BUCKET)  # (B,)
+            texts = processes.mine(texts)        # by torchrun: a share of them, which is B in what follows
             at_once = config.micro_batch * config.max_length // max(1, lengths[texts].max())
             batch = [pad([tokens[n] for n in part], tok.pad_token_id, device)
                      for part in blocks(texts, at_once)]                # list of ids, mask (b,T)
@@ -688,6 +689,8 @@ def fit(model, embedder, config, *, out, tokens, q, on_step):
             for part in losses:                           # one for each micro-batch (simcse: one)
                 part.backward()
                 loss += part.item()
+            processes.sum_gradients(params)
+            loss, stop = processes.total(torch.tensor([loss, len(interrupted)], dtype=torch.float64)).tolist()
             norm = torch.nn.utils.clip_grad_norm_(params, 1.0).item()
             if not math.isfinite(loss + norm):
                 raise Error(f"step {run['step']}: loss {loss}, gradient norm {norm}: start again with a "
@@ -700,15 +703,13 @@ def fit(model, embedder, config, *, out, tokens, q, on_step):
             run["step"] += 1
             # -------------------------------------------------------------------------------- END: one step
             run["seconds"] = earlier + time.time() - started
-            run["real_tokens"] += sum(int(mask.sum()) for _, mask in batch)
-            run["padded_tokens"] += sum(mask.numel() for _, mask in batch)
             log.write(json.dumps({"step": run["step"], "loss": loss, "constant_loss": constant_loss,
                                   "lr": lr, "grad_norm": norm,
                                   "seconds": round(run["seconds"], 1)}) + "\n")
             log.flush()
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
             bar.update(B)
-            if on_step:
+            if on_step and not RANK:
                 on_step(run["step"], embedder)
             if run["step"] % config.save_every == 0:
                 folders.save_state(out, config, model, optimizer, run, tokens.hash)
@@ -718,8 +719,7 @@ def fit(model, embedder, config, *, out, tokens, q, on_step):
     last = (out / "state" / "log.jsonl").read_text().splitlines()[-BUCKET:]  # texts of all lengths
     return {"loss": np.mean([json.loads(line)["loss"] for line in last]).item(),
             "constant_loss": constant_loss, "texts": len(tokens), "texts_seen": config.steps * B,
-            "train_seconds": round(run["seconds"], 1), "earlier_seconds": earlier,
-            "padding": round(1 - run["real_tokens"] / run["padded_tokens"], 4), "corpus_hash": tokens.hash}
+            "train_seconds": round(run["seconds"], 1), "earlier_seconds": earlier, "corpus_hash": tokens.hash}
 
 
 def finish(out, embedder, config, *, before, began, loss=None, **facts):
@@ -747,6 +747,7 @@ def train(config, targets=None, on_step=None):
     on_step: function(step, embedder), called after every step"""
     began, asked = time.time(), checked(config)
     config = settle(asked)
+    processes.connect(config.device)
     if targets and config.resume:
         raise Error("--resume: expected the targets of --method, got a function: start again")
     out = None if config.show_targets else folders.start(config)
@@ -757,11 +758,12 @@ def train(config, targets=None, on_step=None):
     model.to(config.device)
     V, tokens_in_use = len(head(model).weight), usable_length(model, config)
     words = read_vocabulary(tok, V)
-    tokens = tokenize_corpus(config.corpus, tok, config.max_length) if trains else None
-    if config.show_targets:
-        return show_targets(config, tokens, words, tok,
-                            targets or method_targets(config, tokens, words, model, tok))
-    q = build_targets(config, tokens, words, model, tok, targets) if config.method in TARGETS else None
+    with processes.first_alone():                                      # the others read what it has cached
+        tokens = tokenize_corpus(config.corpus, tok, config.max_length) if trains else None
+        if config.show_targets:
+            return show_targets(config, tokens, words, tok,
+                                targets or method_targets(config, tokens, words, model, tok))
+        q = build_targets(config, tokens, words, model, tok, targets) if config.method in TARGETS else None
     before = Embedder(model, tok, config.pooling, tokens_in_use).top_tokens(EXAMPLES, 8)
 
     # ---- the embedder: loaded again, with --attention; weights that learn are float32
@@ -780,6 +782,8 @@ def train(config, targets=None, on_step=None):
         facts = fit(model, embedder, config, out=out, tokens=tokens, q=q, on_step=on_step)
         sample = [tokens[n] for n in epoch_permutation(config.seed, 0, len(tokens))[:SAMPLE]]
         embedder.mean = embedder.pooled(sample).mean(0)                                              # (C,)
+    if RANK:                                                           # the first process writes
+        return config.out
     if lora:                                                       # merged into the backbone in float32
         learned = {name: p.detach().cpu() for name, p in model.named_parameters() if p.requires_grad}
         model = embedder.model = None
@@ -787,7 +791,6 @@ def train(config, targets=None, on_step=None):
         if unknown := whole.load_state_dict(learned, strict=False).unexpected_keys:
             raise RuntimeError(f"adapters that do not fit the backbone loaded again: {unknown[0]}")
         embedder.model = whole.merge_and_unload()
-    embedder.model.cpu()
     began -= facts.pop("earlier_seconds", 0)                           # the time of interrupted runs counts
     return finish(out, embedder, config, before=before, began=began, command=command_line(asked),
                   custom_targets=targets is not None, **facts)

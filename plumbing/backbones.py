@@ -7,6 +7,7 @@
 import functools
 import importlib.util
 import json
+import warnings
 from pathlib import Path
 
 import torch
@@ -194,6 +195,8 @@ def say_what_stays_causal(name, kinds):
 
 def add_adapters(model, settings):
     import peft
+    # peft 0.21 asks transformers 5.23 by an old name
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     try:
         return peft.get_peft_model(model, settings)
     except ValueError as e:                                     # Mamba computes without calling its maps

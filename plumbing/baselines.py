@@ -1,7 +1,7 @@
 """The baselines: what the loop of t2t.py minimises in place of its own loss. mntp, then simcse, is LLM2Vec's
 unsupervised recipe (arXiv 2404.05961).
 
-Generators of losses, as t2t.target_loss is. batch: list of (ids, mask) (b,T);
+Generators of losses, as t2t.target_loss is. batch: list of (ids, mask) (b,T), the texts of this process;
 forward(ids, mask) -> x (b,T,C), h (b,C).
 """
 import numpy as np
@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint as recomputed
 
+from plumbing import processes
 from plumbing.cli import Error
 
 
@@ -25,13 +26,15 @@ def simcse(batch, forward, model, dropout=0.3, temperature=0.05):
     read = lambda *part: forward(*part)[1]
     h, other = (torch.cat([recomputed(read, *part, use_reentrant=False) for part in batch])          # (B,C)
                 for _ in range(2))
-    if len(h) < 2:
+    B = int(processes.total(torch.tensor(len(h))))                     # texts of all processes
+    if B < 2:
         raise Error("--corpus: expected two texts or more for simcse to tell apart, got one: pass more texts")
     if torch.equal(h, other):                                          # nothing was dropped
         raise Error("--method simcse: expected a model whose attention dropout can be set, got "
                     f"{model.config.model_type}: pass another --backbone or --method")
-    h, other = F.normalize(h, dim=1), F.normalize(other, dim=1)
-    L = F.cross_entropy(h @ other.T / temperature, torch.arange(len(h), device=h.device))
+    h, other = F.normalize(h, dim=1), processes.everywhere(F.normalize(other, dim=1), B)
+    own = processes.mine(torch.arange(B, device=h.device))
+    L = F.cross_entropy(h @ other.T / temperature, own, reduction="sum") / B
     yield L                                                            # backward runs here
     for m in attention:
         m.training = False
@@ -61,7 +64,7 @@ def mntp(batch, forward, H, tok, share=0.2):
     special = torch.tensor(tok.all_special_ids, device=device)
     hidden = [(torch.rand(ids.shape) < share).to(device) & (mask > 0) & ~torch.isin(ids, special)
               for ids, mask in batch]                                                           # (b,T) each
-    n = sum(m[:, 1:].sum() for m in hidden).clamp_min(1)
+    n = processes.total(sum(m[:, 1:].sum() for m in hidden)).clamp_min(1)
     for (ids, mask), m in zip(batch, hidden):
         x, b, t = forward(ids.masked_fill(m, mask_id), mask)[0], *m[:, 1:].nonzero(as_tuple=True)
         L = F.cross_entropy(H(x[b, t]).float(), ids[b, t + 1], reduction="sum") / n

@@ -82,8 +82,10 @@ def cached(kind, name, write):
         beside.mkdir(parents=True)
         try:
             write(beside)
-            if not folder.exists():          # another run may have been faster
-                beside.rename(folder)
+            beside.rename(folder)
+        except OSError:
+            if not folder.exists():          # else another run was faster
+                raise
         finally:
             shutil.rmtree(beside, ignore_errors=True)
     try:

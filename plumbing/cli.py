@@ -13,6 +13,9 @@ import typing
 from plumbing.cache import cache_root, cache_summary
 
 
+RANK, WORLD = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+
+
 class Error(ValueError):
     """Bad input: one line for a person, saying what was expected, what came and what to do."""
 
@@ -27,7 +30,10 @@ def kind(field):
 
 
 def print_anything():
-    """A console that is not UTF-8 shows ? for what it does not know: a run must not end by what it prints."""
+    """A console that is not UTF-8 shows ? for what it does not know: a run must not end by what it prints.
+    Of several processes, the first prints."""
+    if RANK:
+        sys.stdout = open(os.devnull, "w")
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")
 
@@ -92,7 +98,8 @@ def run_command(train, config):
     except Error as e:
         end(e)
     except KeyboardInterrupt as e:
-        end(str(e) or f"interrupted; if {config.out}/state/last.pt exists, --resume goes on from there", 130)
+        end("" if RANK else str(e) or f"interrupted; if {config.out}/state/last.pt exists, --resume goes on "
+            "from there", 130)
     except OSError as e:
         where = e.filename or " and ".join(f"{folder} ({shutil.disk_usage(folder).free / 1e6:,.0f} MB free)"
                                            for folder in (config.out, cache_root()) if os.path.exists(folder))
@@ -106,5 +113,7 @@ def run_command(train, config):
 
 def end(message, status=2):
     """How a user's mistake ends: one line, no traceback."""
-    print(f"t2t.py: {'error: ' if status == 2 else ''}{message}", file=sys.stderr)
+    who = f"process {RANK}: " if RANK else ""                          # of torchrun
+    if message:
+        print(f"t2t.py: {who}{'error: ' if status == 2 else ''}{message}", file=sys.stderr)
     sys.exit(status)

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from plumbing.backbones import identity_of
 from plumbing.cache import write_json, write_whole
-from plumbing.cli import Error, flag
+from plumbing.cli import RANK, Error, flag
 
 
 # ----------------------------------------------------------------------------------------- the state of a run
@@ -35,6 +35,8 @@ def start(config):
     if out.name in ("", ".."):
         raise Error(f"--out: expected a folder to be made, got {out}: pass a name such as ckpt")
     out = out.resolve()
+    if RANK:                                                      # the first of several processes writes
+        return out
     aside = aside_of(out)
     if aside.exists() and not out.exists():                       # killed between the last two renames
         aside.rename(out)
@@ -76,7 +78,9 @@ def identity(config, corpus_hash):
 
 
 def save_state(out, config, model, optimizer, run, corpus_hash):
-    """`run`: the step, the scale and what has been counted."""
+    """`run`: the step, the scale and what has been counted. Of several processes the first writes."""
+    if RANK:
+        return
     file = out / "state" / "last.pt"
     state = {"identity": identity(config, corpus_hash), "run": run, "optimizer": optimizer.state_dict(),
              "weights": {n: p for n, p in model.named_parameters() if p.requires_grad}}
@@ -97,6 +101,10 @@ def writing(folder, new):
                     f"{' '.join(str(e).split())[:100]}") from None
 
 
+def open_log(out, mode):
+    return open(os.devnull if RANK else out / "state" / "log.jsonl", mode)
+
+
 def load_state(out, config, model, optimizer, corpus_hash):
     """Put the run back where save_state left it -> run, or None if there is no state. Error if a setting, the
     corpus or the backbone has changed."""
@@ -113,9 +121,9 @@ def load_state(out, config, model, optimizer, corpus_hash):
             if p.requires_grad:
                 p.copy_(state["weights"][name])
     optimizer.load_state_dict(state["optimizer"])
-    # steps that came after the state are taken, and logged, again
-    lines = (out / "state" / "log.jsonl").read_text().splitlines()[:state["run"]["step"]]
-    write_whole(out / "state" / "log.jsonl", "".join(line + "\n" for line in lines))
+    if not RANK:                        # steps that came after the state are taken, and logged, again
+        lines = (out / "state" / "log.jsonl").read_text().splitlines()[:state["run"]["step"]]
+        write_whole(out / "state" / "log.jsonl", "".join(line + "\n" for line in lines))
     return state["run"]
 
 

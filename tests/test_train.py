@@ -334,7 +334,7 @@ def test_what_is_written_down(checkpoint):
     facts = json.loads((checkpoint / "t2t.json").read_text())
     assert facts["config"]["seed"] == 42 and facts["versions"]["torch"] == torch.__version__
     assert facts["corpus_hash"] and facts["loss"] and facts["constant_loss"] and facts["texts"] == 400
-    assert 0 <= facts["padding"] < 0.5 and "--lr 0.01" in facts["command"]
+    assert "--lr 0.01" in facts["command"]
     assert facts["scale"] in t2t.SCALES
     used = facts["config"]                                   # what was used: nothing is left to be resolved
     assert set(used) == set(Config.__dataclass_fields__)
