@@ -99,7 +99,7 @@ def prune():
     """Remove entries that no run has used for KEEP_DAYS."""
     old = time.time() - KEEP_DAYS * 86400
     for folder in cache_root().iterdir() if cache_root().is_dir() else ():
-        if not re.fullmatch(r"(gguf|tokens|targets|csrc)-[0-9a-f]{20}", folder.name):
+        if not re.fullmatch(r"(gguf|tokens|targets|csrc)-[0-9a-f]{20}(\.\d+\.new)?", folder.name):
             continue                         # not ours
         if folder.lstat().st_mtime < old and folder.is_dir() and not folder.is_symlink():
             shutil.rmtree(folder, ignore_errors=True)
