@@ -4,16 +4,16 @@
     python t2t.py --backbone Qwen/Qwen3-0.6B --corpus my.jsonl  # your model, your texts, no labels
 
 A language model turns a text into states, and its head turns states into tokens. Pool the states of a text
-into one vector h and send *that* through the head: an untrained model lights up `, . the and`, a good one
-lights up the tokens that the text is about (gives them probability). Text2Token makes such a model:
+into one vector h and send *that* through the head: the pretrained model lights up `, . the and`, an embedder
+should light up the tokens that the text is about (give them probability). Text2Token makes it so:
 
     x = f(ids)                              f: the backbone without its head, x_t a state for each token
     h = mean_t x_t                          one vector for the text
-    z = head(s h)                           the backbone's own head, frozen (H in code); s is measured once
-    L = mean_b KL(q_b || softmax(z_b))      q_b: words of text b, and words that the untrained model predicts
+    z = H(s h)                              H: the backbone's own head, frozen; s is measured once
+    L = mean_b KL(q_b || softmax(z_b))      q_b: words of text b, and words that the pretrained model predicts
     e = h / |h|                             what encode returns
 
-    B texts   T tokens   C width   V vocabulary   K target tokens per text   N all texts   n, b, k: some
+    B texts   T tokens   C width   V vocabulary   K target tokens a text   N texts   n, b, k: parts of N, B, K
 
 After the settings come six parts, each built on those above it: words, network, targets, loss, embedder,
 training. PAPER: marks what the abstract of arXiv 2510.10224 states, OURS: a choice made here, as the form of
@@ -39,7 +39,8 @@ class Config:
     """Every setting of a run. OURS: all defaults. The command line is made from these fields.
     `lr` None and every "auto" are replaced by real values once, in `settle`, before anything is used."""
     backbone: str = setting("smollm2", "causal language model: smollm2, a folder, a .gguf file, a hub id")
-    method: str = setting("both", "targets: words of the text, of the model, both; a baseline", ALL, ALL)
+    method: str = setting("both", "targets: data (words of the text), model (words that it predicts), both; "
+                          "baselines: simcse, mntp; none: do not train", ALL, ALL)
     corpus: str = setting("docstrings", ".txt, .jsonl[.gz], .parquet, a folder, "
                           "hub:NAME[:COLUMN[:CONFIGURATION[:SPLIT]]]", TRAINED)
     out: str = setting("ckpt", "folder for the finished checkpoint")
@@ -49,7 +50,7 @@ class Config:
     attention: str = setting("bidirectional", "what a token may look at", ALL, ["bidirectional", "causal"])
     top_k: int = setting(64, "K, target tokens per text", TARGETS, least=1)
     temperature: float = setting(1.0, "of the targets; a lower one makes them sharper", TARGETS, least=1e-6)
-    max_length: int = setting(64, "tokens per text in training; in use 256, if the model can", least=1)
+    max_length: int = setting(64, "tokens per text in training; in use at least 256", least=1)
     batch_size: int = setting(32, "texts per step", TRAINED, least=1)
     micro_batch: int = setting(8, "texts per forward pass (more if short)", TRAINED, least=1)
     steps: int = setting(80, "optimiser steps", TRAINED, least=1)
@@ -127,7 +128,7 @@ class Words(NamedTuple):
     canonical_id: np.ndarray  # (V,) int64  the one id for all case and space variants of a word; -1: no word
     is_continuation: np.ndarray    # (V,) bool   begins with a letter and no space: may continue a word
     ends_in_letter: np.ndarray     # (V,) bool   a word may go on after it
-    text: list                     # (V,) str    the token as people read it
+    spelling: list                 # (V,) str    the token as people read it
 
 
 def is_letter(c):
@@ -141,7 +142,7 @@ def read_vocabulary(tok, V):
     continue a word. Otherwise it is the id of the form in lower case with a space in front (" paris" for
     "Paris"), or of the closest form that the vocabulary has."""
     canonical_id, is_continuation, ends_in_letter, has_space = np.full(V, -1), *np.zeros((3, V), bool)
-    text, forms = [""] * V, {}
+    spelling, forms = [""] * V, {}
     raw = tok.convert_ids_to_tokens(list(range(min(V, len(tok)))))    # V may be padded beyond the tokenizer
     special, added = set(tok.all_special_ids), set(tok.get_added_vocab().values())
     for v, token in enumerate(raw):
@@ -154,40 +155,40 @@ def read_vocabulary(tok, V):
         word = s.strip()
         if not word:
             continue
-        text[v], has_space[v], ends_in_letter[v] = word, s[0].isspace(), is_letter(s[-1])
+        spelling[v], has_space[v], ends_in_letter[v] = word, s[0].isspace(), is_letter(s[-1])
         is_continuation[v] = is_letter(word[0]) and not has_space[v] and not is_unspaced(word[0])
         form = unicodedata.normalize("NFC", word.lower())
-        has_case = word[0].lower() != word[0].upper()                # without, as in Chinese, a letter can be
+        has_case = word[0].lower() != word[0].upper()                # in Chinese, one letter can be a word
         if all(map(is_letter, word)) and form not in STOP and (len(form) > 1 or not has_case):
             forms.setdefault(form, []).append(v)
     for word, ids in forms.items():
-        best = min(ids, key=lambda v: (not has_space[v], text[v] != word, v))
+        best = min(ids, key=lambda v: (not has_space[v], spelling[v] != word, v))
         if not is_continuation[best]:
             canonical_id[ids] = best
-    return Words(canonical_id, is_continuation, ends_in_letter, text)
+    return Words(canonical_id, is_continuation, ends_in_letter, spelling)
 
 
 def find_words(words, ids, lengths):
-    """ids (total,) of n texts one after the other, their lengths (n,) -> text number and canonical id of each
-    word, in order.
+    """ids (total,) of n texts one after the other, their lengths (n,) -> row (the number of its text)
+    and canonical id of each word, in order.
 
     OURS: a word that the tokenizer splits counts as its first piece, " dys" for dyslexia (unless that is a
-    stop word or a letter); without, a prototype lost 6 points of STS. Later pieces do not count: "able" in
-    comfort|able is not able."""
-    text = np.repeat(np.arange(len(lengths)), lengths)                                            # (total,)
+    stop word or a letter). A prototype that left such words out lost 6 points of STS. Later pieces do not
+    count: "able" in comfort|able is not able."""
+    row = np.repeat(np.arange(len(lengths)), lengths)                                            # (total,)
     inside = np.zeros(len(ids), bool)
-    inside[1:] = (words.is_continuation[ids[1:]] & words.ends_in_letter[ids[:-1]] & (text[1:] == text[:-1]))
+    inside[1:] = (words.is_continuation[ids[1:]] & words.ends_in_letter[ids[:-1]] & (row[1:] == row[:-1]))
     keep = (words.canonical_id[ids] >= 0) & ~inside
-    return text[keep], words.canonical_id[ids[keep]]
+    return row[keep], words.canonical_id[ids[keep]]
 
 
 def document_frequency(tokens, words):
     """df (V,): in how many of the N texts each word stands."""
     df, lengths = np.zeros(len(words.canonical_id), np.int64), tokens.lengths
     for block in blocks(range(len(tokens)), 4096):
-        text, word = find_words(words, tokens.ids[tokens.start[block[0]]:tokens.start[block[-1] + 1]],
+        row, word = find_words(words, tokens.ids[tokens.start[block[0]]:tokens.start[block[-1] + 1]],
                                 lengths[block])
-        df += np.bincount(np.unique(text * len(df) + word) % len(df), minlength=len(df))
+        df += np.bincount(np.unique(row * len(df) + word) % len(df), minlength=len(df))
     return df
 
 
@@ -228,7 +229,7 @@ def load_backbone(name, attention, dtype=torch.float32, option="--backbone"):
 
 def hidden_states(model, ids, mask):
     """ids (B,T), mask (B,T) -> x (B,T,C): what the model hands to its head."""
-    plain = ids.device.type == "cpu" and torch.is_grad_enabled()   # trains 19 texts/s; torch's fused: 13
+    plain = ids.device.type == "cpu" and torch.is_grad_enabled()   # trains 19 texts/s, fused attention 13
     with sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():
         return model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
 
@@ -244,7 +245,7 @@ def pool(x, mask, pooling):
 
 def pad(ids, pad_id, device="cpu"):
     """list of B id arrays -> ids (B,T), mask (B,T), padded on the right."""
-    mask = torch.zeros(len(ids), max(map(len, ids)), dtype=torch.long)
+    mask = torch.zeros(len(ids), max(1, *map(len, ids)), dtype=torch.long)
     out = torch.full_like(mask, pad_id)
     for b, row in enumerate(ids):
         out[b, :len(row)], mask[b, :len(row)] = torch.from_numpy(np.asarray(row, np.int64)), 1
@@ -271,18 +272,18 @@ def data_targets(ids, words, idf, K, temperature):
 
     over the K heaviest v. PAPER: "data-driven": the meaningful tokens of a text. OURS: tf-idf."""
     n, V = len(ids), len(idf)
-    text, word = find_words(words, np.concatenate(ids), [len(i) for i in ids])
-    pairs, tf = np.unique(text * V + word, return_counts=True)         # each word of each text once
-    text, word = pairs // V, pairs % V                                                            # (pairs,)
+    row, word = find_words(words, np.concatenate(ids), [len(i) for i in ids])
+    pairs, tf = np.unique(row * V + word, return_counts=True)         # each word of each text once
+    row, word = pairs // V, pairs % V                                                            # (pairs,)
     weight = tf * np.maximum(idf[word], 1e-3)
-    order = np.lexsort((word, -weight, text))                          # by text, heaviest first, ties by id
-    text, word, weight = text[order], word[order], weight[order]
-    first = np.searchsorted(text, text)                                # the position where its text begins
-    weight, rank = (weight / weight[first]) ** (1 / temperature), np.arange(len(text)) - first
-    text, word, weight, rank = (x[rank < K] for x in (text, word, weight, rank))
+    order = np.lexsort((word, -weight, row))                          # by text, heaviest first, ties by id
+    row, word, weight = row[order], word[order], weight[order]
+    first = np.searchsorted(row, row)                                # the position where its text begins
+    weight, rank = (weight / weight[first]) ** (1 / temperature), np.arange(len(row)) - first
+    row, word, weight, rank = (x[rank < K] for x in (row, word, weight, rank))
     indices, probs = np.full((n, K), -1, np.int32), np.zeros((n, K), np.float32)
-    indices[text, rank] = word
-    probs[text, rank] = weight / np.bincount(text, weight, n)[text]
+    indices[row, rank] = word
+    probs[row, rank] = weight / np.bincount(row, weight, n)[row]
     return indices, probs
 
 
@@ -400,11 +401,11 @@ def build_targets(config, tokens, words, model, tok, target_fn=None):
         with tempfile.TemporaryDirectory() as folder:
             write(Path(folder))
             return load(Path(folder), None)
-    # the source text of all that makes targets: an edit makes them anew (__wrapped__: without lru_cache)
+    # the source text of what makes targets: an edit makes them anew (__wrapped__: without lru_cache)
     made_by = source_hash(sorted(STOP), ONE_WORD, str(SAMPLE), is_unspaced, is_letter, read_vocabulary,
-                          find_words, document_frequency, epoch_permutation.__wrapped__, Head, head,
-                          hidden_states, pool, coalesce, data_targets, predict, model_targets,
-                          method_targets, build_targets)
+                          find_words, document_frequency, epoch_permutation.__wrapped__, Head, head, pad,
+                          hidden_states, pool, blocks, positions, coalesce, data_targets, predict,
+                          model_targets, method_targets, build_targets)
     of_model = config.method != "data" and (str(model.dtype), identity_of(config.backbone), config.seed)
     return load(cached("targets", hash_of(made_by, tokens.folder.name, config.method, K, config.temperature,
                                           texts.tolist(), of_model), write))
@@ -414,7 +415,7 @@ def show_targets(config, tokens, words, tok, target_fn):
     """--show-targets: the first texts of the first epoch, and the q of each."""
     some = [tokens[n] for n in epoch_permutation(config.seed, 0, len(tokens))[:config.show_targets]]
     for text, indices, probs in zip(some, *target_fn(some)):
-        best = sorted(((p, words.text[v]) for v, p in zip(indices, probs) if v >= 0), reverse=True)
+        best = sorted(((p, words.spelling[v]) for v, p in zip(indices, probs) if v >= 0), reverse=True)
         print(f"\n{tok.decode(text.tolist(), skip_special_tokens=True).strip()}\n    "
               f"{'  '.join(f'{t} {p:.3f}' for p, t in best) or '(no target)'}")
 
@@ -484,11 +485,12 @@ def reduce(loss, valid, reduction):
 def target_loss(batch, forward, H, scale, indices, probs, impl):
     """The loss of a batch, over the texts that have targets:
 
-        L = mean_b KL(q_b || softmax(head(s h_b)))
+        L = mean_b KL(q_b || softmax(H(s h_b)))
 
     Yields a part of L for each micro-batch: call backward on it before the next, so that one graph is held.
     batch: list of (ids, mask) (b,T); forward(ids, mask) -> x (b,T,C), h (b,C); indices, probs (B,K)."""
-    valid, sizes = processes.total((indices >= 0).any(1).sum()).clamp_min(1), [len(ids) for ids, _ in batch]
+    valid = processes.total((indices >= 0).any(1).sum()).clamp_min(1)
+    sizes = [len(ids) for ids, _ in batch]
     for (ids, mask), i, p in zip(batch, indices.split(sizes), probs.split(sizes)):                    # (b,K)
         _, h = forward(ids, mask)                                                                    # (b,C)
         yield vocab_kl(H(scale * h), i, p, reduction="sum", impl=impl, inplace=True, check=False) / valid
@@ -506,7 +508,7 @@ class Embedder:
 
     @classmethod
     def load(cls, folder, device="cpu"):
-        """A checkpoint of `train`: a folder or a hub id. Another model as it is: causal, mean, 512 tokens."""
+        """A checkpoint of `train`: a folder or a hub id. Another model: causal, mean, 512 tokens."""
         folder = fetched(folder)
         facts = folders.read_facts(folder)
         used = facts.get("config", {})
@@ -536,7 +538,7 @@ class Embedder:
 
     @torch.no_grad()
     def logits(self, h):
-        """h (N,C) -> z (N,V) float32: z = head(s h), by which a vector lights up tokens."""
+        """h (N,C) -> z (N,V) float32: z = H(s h), by which a vector lights up tokens."""
         return head(self.model)((self.scale * h).to(self.model.device)).float().cpu()
 
     @functools.cached_property
@@ -559,7 +561,7 @@ class Embedder:
         return lit
 
     def name(self, v):
-        return self.words.text[v] or repr(self.tok.decode([v]))            # a space would show as nothing
+        return self.words.spelling[v] or repr(self.tok.decode([v]))            # a space would show as nothing
 
     def sparse(self, texts, k=None):
         """list of N str -> y (N,V), rows of length 1: the k (SPARSE_K) tokens that a text lights up most,
@@ -644,20 +646,21 @@ def fit(model, embedder, config, *, out, tokens, q, on_step):
     contrasts = config.method == "simcse"      # compares the texts of a batch, so they are of any length
     # the loss of the best prediction that ignores the text
     constant_loss = q.marginal_kl if q else math.log(B) if contrasts else token_entropy(tokens, tok)
+    data = {"texts of the corpus": tokens.hash, "the best constant loss": round(constant_loss, 3)}
 
     def forward(ids, mask):                                            # (b,T), (b,T) -> x (b,T,C), h (b,C)
-        # else peft casts the inputs of adapters to float32 and autocast casts them back: a fifth slower
+        # else peft casts the inputs of adapters to float32 and autocast casts them back: a quarter slower
         with (torch.autocast(device, torch.bfloat16, enabled=config.dtype == "bfloat16"),
               disable_input_dtype_casting(model)):
             x = hidden_states(core, ids, mask)
         return x, pool(x, mask, config.pooling)
 
     optimizer = torch.optim.AdamW(params, lr=config.lr, betas=(0.9, 0.98), weight_decay=0.01)
-    run = folders.load_state(out, config, model, optimizer, tokens.hash)
+    run = folders.load_state(out, config, model, optimizer, data)
     if run is None:
-        run = {"step": 0, "seconds": 0.0, "scale": 1.0}
+        run = {"step": 0, "seconds": 0.0, "scale": 1.0, "losses": []}
         if q:
-            some = epoch_permutation(config.seed, 0, len(tokens))[:min(1024, len(q.texts))]
+            some = epoch_permutation(config.seed, 0, len(tokens))[:min(16384, len(q.texts))]
             some = some[(q.of(some)[0] >= 0).any(1).numpy()][:128]              # (n,) texts that have targets
             h = embedder.pooled([tokens[n] for n in some], config.micro_batch).to(device)            # (n,C)
             run["scale"] = processes.same(measure_scale(h, H, *(a.to(device) for a in q.of(some))))
@@ -668,13 +671,12 @@ def fit(model, embedder, config, *, out, tokens, q, on_step):
 
     log = folders.open_log(out, "a" if resumed else "w")
     bar = tqdm(total=config.steps * B, initial=resumed * B, unit=" texts", desc="train", disable=bool(RANK))
-    with folders.between_steps() as interrupted, log, bar:
-        stop = False
-        while run["step"] < config.steps and not stop:
+    with folders.between_steps() as interrupted, log, bar:          # Ctrl-C appends to `interrupted`
+        while run["step"] < config.steps:
             # ------------------------------------------------------------------------------ BEGIN: one step
             torch.manual_seed(config.seed * 1_000_003 + run["step"] + RANK * 10**9)      # no state to save
             texts = bucketed_batch(run["step"], config.seed, lengths, B, 1 if contrasts else BUCKET)  # (B,)
-            texts = processes.mine(texts)        # by torchrun: a share of them, which is B in what follows
+            texts = processes.mine(texts)               # (b,) by torchrun: the share of this process
             at_once = config.micro_batch * config.max_length // max(1, lengths[texts].max())
             batch = [pad([tokens[n] for n in part], tok.pad_token_id, device)
                      for part in blocks(texts, at_once)]                # list of ids, mask (b,T)
@@ -683,7 +685,7 @@ def fit(model, embedder, config, *, out, tokens, q, on_step):
             elif config.method == "mntp":
                 losses = mntp(batch, forward, H, tok)
             else:
-                indices, probs = (a.to(device) for a in q.of(texts))                                 # (B,K)
+                indices, probs = (a.to(device) for a in q.of(texts))                                 # (b,K)
                 losses = target_loss(batch, forward, H, embedder.scale, indices, probs, config.impl)
             loss = 0.0
             for part in losses:                           # one for each micro-batch (simcse: one)
@@ -700,7 +702,7 @@ def fit(model, embedder, config, *, out, tokens, q, on_step):
                 group["lr"] = lr
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            run["step"] += 1
+            run |= {"step": run["step"] + 1, "losses": [*run["losses"], loss][-BUCKET:]}
             # -------------------------------------------------------------------------------- END: one step
             run["seconds"] = earlier + time.time() - started
             log.write(json.dumps({"step": run["step"], "loss": loss, "constant_loss": constant_loss,
@@ -711,13 +713,12 @@ def fit(model, embedder, config, *, out, tokens, q, on_step):
             bar.update(B)
             if on_step and not RANK:
                 on_step(run["step"], embedder)
-            if run["step"] % config.save_every == 0:
-                folders.save_state(out, config, model, optimizer, run, tokens.hash)
-        folders.save_state(out, config, model, optimizer, run, tokens.hash)
-    if run["step"] < config.steps:
-        raise KeyboardInterrupt(f"stopped after step {run['step']}: the same command with --resume goes on")
-    last = (out / "state" / "log.jsonl").read_text().splitlines()[-BUCKET:]  # texts of all lengths
-    return {"loss": np.mean([json.loads(line)["loss"] for line in last]).item(),
+            if stop or run["step"] == config.steps or run["step"] % config.save_every == 0:
+                folders.save_state(out, config, model, optimizer, run, data)
+            if stop and run["step"] < config.steps:
+                raise KeyboardInterrupt(f"stopped after step {run['step']}: the same command with --resume "
+                                        "goes on")
+    return {"loss": np.mean(run["losses"]).item(),                     # of 16 steps: texts of all lengths
             "constant_loss": constant_loss, "texts": len(tokens), "texts_seen": config.steps * B,
             "train_seconds": round(run["seconds"], 1), "earlier_seconds": earlier, "corpus_hash": tokens.hash}
 
@@ -733,11 +734,9 @@ def finish(out, embedder, config, *, before, began, loss=None, **facts):
     for text, old, new in zip(EXAMPLES, before, after):
         print(f"{text}\n    before   {line(old)}\n    after    {line(new)}")
     if loss is not None:
-        constant = facts["constant_loss"]
-        print(f"\nloss {loss:.3f} nats (best prediction that ignores the text: {constant:.3f}); "
-              f"training took {facts['train_seconds']:.0f} s of {facts['seconds']:.0f} s")
+        print(f"\ntraining: loss {loss:.3f} nats (best prediction that ignores the text: "
+              f"{facts['constant_loss']:.3f}), {facts['train_seconds']:.0f} s of {facts['seconds']:.0f} s")
     print(f"{config.out}/ is ready:  SentenceTransformer({config.out!r})  or  python eval.py {config.out}")
-    return config.out
 
 
 def train(config, targets=None, on_step=None):
@@ -748,23 +747,23 @@ def train(config, targets=None, on_step=None):
     began, asked = time.time(), checked(config)
     config = settle(asked)
     processes.connect(config.device)
-    if targets and config.resume:
-        raise Error("--resume: expected the targets of --method, got a function: start again")
+    if targets and config.method not in TARGETS:
+        raise Error(f"targets: expected --method {', '.join(TARGETS)}, got {config.method}")
     out = None if config.show_targets else folders.start(config)
     dtype, trains = getattr(torch, config.dtype), config.method != "none"
 
     # ---- words and targets, by the backbone as it was pretrained
-    model, tok = load_backbone(config.backbone, "causal", dtype)
-    model.to(config.device)
-    V, tokens_in_use = len(head(model).weight), usable_length(model, config)
-    words = read_vocabulary(tok, V)
     with processes.first_alone():                                      # the others read what it has cached
+        model, tok = load_backbone(config.backbone, "causal", dtype)
+        model.to(config.device)
+        V, length_in_use = len(head(model).weight), usable_length(model, config)
+        words = read_vocabulary(tok, V)
         tokens = tokenize_corpus(config.corpus, tok, config.max_length) if trains else None
         if config.show_targets:
             return show_targets(config, tokens, words, tok,
                                 targets or method_targets(config, tokens, words, model, tok))
         q = build_targets(config, tokens, words, model, tok, targets) if config.method in TARGETS else None
-    before = Embedder(model, tok, config.pooling, tokens_in_use).top_tokens(EXAMPLES, 8)
+    before = Embedder(model, tok, config.pooling, length_in_use).top_tokens(EXAMPLES, 8)
 
     # ---- the embedder: loaded again, with --attention; weights that learn are float32
     start, option = config.init or config.backbone, "--init" if config.init else "--backbone"
@@ -774,7 +773,7 @@ def train(config, targets=None, on_step=None):
     model.to(config.device)
     if len(head(model).weight) != V or tokenizer_hash(its_tok) != tokenizer_hash(tok):
         raise Error(f"--init: expected a checkpoint made from {config.backbone}, got another vocabulary")
-    embedder, facts = Embedder(model, tok, config.pooling, tokens_in_use), {}
+    embedder, facts = Embedder(model, tok, config.pooling, length_in_use), {}
 
     # ---- training, and what the texts of the corpus have in common
     if trains:
@@ -783,7 +782,7 @@ def train(config, targets=None, on_step=None):
         sample = [tokens[n] for n in epoch_permutation(config.seed, 0, len(tokens))[:SAMPLE]]
         embedder.mean = embedder.pooled(sample).mean(0)                                              # (C,)
     if RANK:                                                           # the first process writes
-        return config.out
+        return processes.finished(config.out)
     if lora:                                                       # merged into the backbone in float32
         learned = {name: p.detach().cpu() for name, p in model.named_parameters() if p.requires_grad}
         model = embedder.model = None
@@ -792,8 +791,9 @@ def train(config, targets=None, on_step=None):
             raise RuntimeError(f"adapters that do not fit the backbone loaded again: {unknown[0]}")
         embedder.model = whole.merge_and_unload()
     began -= facts.pop("earlier_seconds", 0)                           # the time of interrupted runs counts
-    return finish(out, embedder, config, before=before, began=began, command=command_line(asked),
-                  custom_targets=targets is not None, **facts)
+    finish(out, embedder, config, before=before, began=began, command=command_line(asked),
+           custom_targets=targets is not None, **facts)
+    return processes.finished(config.out)
 
 
 if __name__ == "__main__":

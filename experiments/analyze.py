@@ -153,8 +153,8 @@ def derived(z, words, ids, related, k=10):
     stems. -> share, chance, such words a text"""
     from Stemmer import Stemmer
     N, stem, near, yes, chance = len(ids), Stemmer("english").stemWords, {}, 0, 0
-    own = [set(stem([words.text[v].lower() for v in mine])) for mine in key_words(ids, words)]
-    lit = [[words.text[v].lower() for v in row] for row in best_words(z, words, k).tolist()]
+    own = [set(stem([words.spelling[v].lower() for v in mine])) for mine in key_words(ids, words)]
+    lit = [[words.spelling[v].lower() for v in row] for row in best_words(z, words, k).tolist()]
     beyond = [[w for w in row if stem([w])[0] not in mine] for row, mine in zip(lit, own)]
     others = range(1, min(21, N))
     for n, candidates in enumerate(beyond):

@@ -3,8 +3,9 @@
     python experiments/scale.py [--texts 10000 100000 1000000] [--backbone smollm2] [--publish]
 
 A corpus of N texts repeats the documentation of the installed packages, each copy with a tenth of its words
-replaced by others. Each N runs in a process of its own, with an empty cache: seconds of each part, peak memory,
-disk. For the smallest, also scikit-learn's TfidfVectorizer. Writes runs/scale.json, or results/ with --publish.
+replaced by others. Each N runs in a process of its own, with an empty cache: seconds of each part, peak
+memory, disk. For the smallest, also scikit-learn's TfidfVectorizer. Writes runs/scale.json, or results/ with
+--publish.
 """
 import argparse
 import json
@@ -74,7 +75,7 @@ def main():
     p.add_argument("--texts", nargs="+", type=int, default=[10_000, 100_000, 1_000_000])
     p.add_argument("--backbone", default="smollm2")
     p.add_argument("--publish", action="store_true")
-    p.add_argument("--one", nargs=2, help=argparse.SUPPRESS)                  # N, FILE: what a process measures
+    p.add_argument("--one", nargs=2, help=argparse.SUPPRESS)        # N, FILE: what a process measures
     a = p.parse_args()
     if a.one:
         return print(json.dumps(measure(int(a.one[0]), a.one[1], a.backbone)))

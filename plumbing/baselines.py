@@ -62,17 +62,18 @@ def mntp(batch, forward, H, tok, share=0.2):
     blank = tok("_", add_special_tokens=False)["input_ids"] or [tok.pad_token_id]    # not all have a `_`
     mask_id, device = blank[-1], batch[0][0].device
     special = torch.tensor(tok.all_special_ids, device=device)
-    hidden = [(torch.rand(ids.shape) < share).to(device) & (mask > 0) & ~torch.isin(ids, special)
-              for ids, mask in batch]                                                           # (b,T) each
-    n = processes.total(sum(m[:, 1:].sum() for m in hidden)).clamp_min(1)
-    for (ids, mask), m in zip(batch, hidden):
-        x, b, t = forward(ids.masked_fill(m, mask_id), mask)[0], *m[:, 1:].nonzero(as_tuple=True)
+    blanked = [(torch.rand(ids.shape) < share).to(device) & (mask > 0) & ~torch.isin(ids, special)
+               for ids, mask in batch]                                                          # (b,T) each
+    n = processes.total(sum(m[:, 1:].sum() for m in blanked)).clamp_min(1)
+    for (ids, mask), m in zip(batch, blanked):
+        x, _ = forward(ids.masked_fill(m, mask_id), mask)                                            # (b,T,C)
+        b, t = m[:, 1:].nonzero(as_tuple=True)              # t: the place before the blank
         L = F.cross_entropy(H(x[b, t]).float(), ids[b, t + 1], reduction="sum") / n
         yield L
 
 
 def token_entropy(tokens, tok):
-    """Of single tokens, in nats: the loss of mntp for one that knows how frequent each is, and no more."""
+    """Of single tokens, in nats: the loss of mntp for a predictor that knows token frequencies alone."""
     V, at_once = len(tok), 2**20
     n = sum(np.bincount(tokens.ids[i:i + at_once], minlength=V) for i in range(0, len(tokens.ids), at_once))
     n[tok.all_special_ids] = 0

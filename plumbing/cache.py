@@ -1,6 +1,7 @@
 """Files that are made once and kept: in T2T_CACHE, or in .cache/text2token of the home folder.
 
 Nothing is ever half-written: a file or folder is made beside its place and renamed when it is whole."""
+import contextlib
 import hashlib
 import inspect
 import json
@@ -101,8 +102,9 @@ def prune():
     for folder in cache_root().iterdir() if cache_root().is_dir() else ():
         if not re.fullmatch(r"(gguf|tokens|targets|csrc)-[0-9a-f]{20}(\.\d+\.new)?", folder.name):
             continue                         # not ours
-        if folder.lstat().st_mtime < old and folder.is_dir() and not folder.is_symlink():
-            shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):   # another run removes it too
+            if folder.lstat().st_mtime < old and folder.is_dir() and not folder.is_symlink():
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_whole(path, text):

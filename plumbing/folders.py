@@ -22,6 +22,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from plumbing import processes
 from plumbing.backbones import identity_of
 from plumbing.cache import write_json, write_whole
 from plumbing.cli import RANK, Error, flag
@@ -38,8 +39,8 @@ def start(config):
     if RANK:                                                      # the first of several processes writes
         return out
     aside = aside_of(out)
-    if aside.exists() and not out.exists():                       # killed between the last two renames
-        aside.rename(out)
+    if aside.exists():                                            # a run was killed amid the last renames
+        aside.rename(out) if not out.exists() else shutil.rmtree(aside)
     if out.exists() and not out.is_dir():
         raise Error(f"--out: expected a folder, but {out} is a file: pass another --out")
     if os.path.ismount(out):                                     # the finished one could not take its place
@@ -49,7 +50,7 @@ def start(config):
     if begun and config.resume:
         return out
     if config.overwrite and ("t2t.json" in inside or not inside - {"state"}):
-        shutil.rmtree(out / "state", ignore_errors=True)         # a finished one stays until the new one is
+        pass                                                     # what is there stays until the new one is
     elif "t2t.json" in inside:
         raise Error(f"--out: {out} holds a finished checkpoint: add --overwrite to replace it, or pass "
                     "another --out")
@@ -64,29 +65,29 @@ def start(config):
 
 
 def aside_of(out):
-    """Where the unfinished folder stands between two renames: a name that nobody else gives."""
+    """Where the old OUT waits while the new one takes its place; `start` mends what a kill left."""
     return out.with_name(f".{out.name}.t2t-old")
 
 
-def identity(config, corpus_hash):
+def identity(config, data):
     """What a resumed run must share with the one that was interrupted."""
     free = ("resume", "overwrite", "save_every", "out", "micro_batch", "prompt")
     used = {k: v for k, v in dataclasses.asdict(config).items() if k not in free}
-    return used | {"texts of the corpus": corpus_hash,
-                   "weights of the backbone": identity_of(config.backbone),
-                   "weights of --init": identity_of(config.init) if config.init else None}
+    return used | data | {"weights of the backbone": identity_of(config.backbone),
+                          "weights of --init": identity_of(config.init) if config.init else None}
 
 
-def save_state(out, config, model, optimizer, run, corpus_hash):
+def save_state(out, config, model, optimizer, run, data):
     """`run`: the step, the scale and what has been counted. Of several processes the first writes."""
     if RANK:
-        return
+        return processes.barrier()
     file = out / "state" / "last.pt"
-    state = {"identity": identity(config, corpus_hash), "run": run, "optimizer": optimizer.state_dict(),
+    state = {"identity": identity(config, data), "run": run, "optimizer": optimizer.state_dict(),
              "weights": {n: p for n, p in model.named_parameters() if p.requires_grad}}
     with writing(out, Path(f"{file}.new")) as new, open(new, "wb") as stream:    # torch may not know its name
         torch.save(state, stream)
     os.replace(f"{file}.new", file)
+    processes.barrier()
 
 
 @contextlib.contextmanager
@@ -95,6 +96,8 @@ def writing(folder, new):
     try:
         yield new
     except (OSError, RuntimeError, SafetensorError) as e:
+        if "memory" in str(e):
+            raise
         shutil.rmtree(new) if new.is_dir() else new.unlink(missing_ok=True)
         free = shutil.disk_usage(folder).free / 1e6
         raise Error(f"--out: expected to write in {folder}, where {free:,.0f} MB are free: "
@@ -105,13 +108,19 @@ def open_log(out, mode):
     return open(os.devnull if RANK else out / "state" / "log.jsonl", mode)
 
 
-def load_state(out, config, model, optimizer, corpus_hash):
+def load_state(out, config, model, optimizer, data):
     """Put the run back where save_state left it -> run, or None if there is no state. Error if a setting, the
     corpus or the backbone has changed."""
-    if not (out / "state" / "last.pt").exists():
+    file = out / "state" / "last.pt"
+    if not config.resume:
+        file.unlink(missing_ok=True)
+    begun = file.exists()
+    if processes.same(begun) != begun:
+        raise Error(f"--out: expected a folder that all processes share, got {out}, whose state not all see")
+    if not begun:
         return None
-    state = torch.load(out / "state" / "last.pt", map_location="cpu", weights_only=True)
-    was, now = state["identity"], identity(config, corpus_hash)
+    state = torch.load(file, map_location="cpu", weights_only=True)
+    was, now = state["identity"], identity(config, data)
     changed = [f"{flag(k) if k in was and hasattr(config, k) else k} {v} (was {was.get(k)})"
                for k, v in now.items() if v != was.get(k)]
     if changed:
@@ -155,11 +164,11 @@ def save(out, embedder, config, facts):
         save_sparse(new / "sparse", shared, embedder, prompts)
         if embedder.mean is not None:
             save_file({"mean": embedder.mean}, new / "mean.safetensors")
-    facts = facts | {"ours": ours(config), "versions": versions()}
-    write_json(new / "t2t.json", facts)
-    write_whole(new / "README.md", model_card(config, facts))
-    if (out / "state" / "log.jsonl").exists():
-        shutil.copy(out / "state" / "log.jsonl", new)
+        facts = facts | {"ours": ours(config), "versions": versions()}
+        write_json(new / "t2t.json", facts)
+        write_whole(new / "README.md", model_card(config, facts))
+        if (out / "state" / "log.jsonl").exists():
+            shutil.copy(out / "state" / "log.jsonl", new)
     out.rename(aside)
     new.rename(out)
     shutil.rmtree(aside)
@@ -273,7 +282,7 @@ def model_card(config, facts):
 ---
 # {name} as a text embedder
 
-{trained} Method: `{config.method}`. {source}; choices that are not the paper's are listed in t2t.json
+{trained} Method: `{config.method}`. {source}; main choices that are not the paper's are listed in t2t.json
 under "ours", with every setting, version and hash. Made with sentence-transformers {library}.
 
 ```python

@@ -1,8 +1,9 @@
 """Several processes, one a GPU, as torchrun starts them. Each reads its share of a step; gradients are
 summed before the optimiser moves, so the processes hold the same weights at every step. The loss of a text
-does not depend on who reads it: any number of processes computes what one does, but for the order of sums.
+does not depend on who reads it: with token targets, any number of processes computes what one does, but for
+the order of sums. (simcse and mntp draw random numbers, each process its own.)
 
-Without torchrun every function here does nothing, or what one process needs.
+Without torchrun, every function here acts as for one process.
 """
 import atexit
 import contextlib
@@ -20,32 +21,50 @@ def connect(device):
     if WORLD == 1 or dist.is_initialized():
         return
     if device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        own, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if own >= count:
+            raise Error(f"torchrun: expected at most {count} processes, one a GPU, got more: pass "
+                        f"--nproc-per-node={count}")
+        torch.cuda.set_device(own)
     # torchrun ends all when one ends, however long they may wait for the one that makes targets
     dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
                             timeout=datetime.timedelta(days=7))
-    atexit.register(dist.destroy_process_group)
+
+
+def finished(value):
+    """value, when all processes have come here. One that fails before ends without taking leave, else NCCL
+    would wait for the others, and torchrun would not see that it has ended."""
+    if WORLD > 1:
+        barrier()
+        atexit.unregister(dist.destroy_process_group)
+        atexit.register(dist.destroy_process_group)
+    return value
 
 
 @contextlib.contextmanager
 def first_alone():
     """Process 0 goes first; the others follow and find what it left on disk."""
     if RANK:
-        total(torch.zeros(1))
+        barrier()
     yield
     if not RANK:
-        total(torch.zeros(1))
+        barrier()
+
+
+def barrier():
+    total(torch.zeros(1))
 
 
 def mine(texts):
     """The share of this process in the texts of a step: every WORLD-th, so all get like lengths."""
     if len(texts) < WORLD:
-        raise Error(f"--batch-size: expected a text or more for each of {WORLD} processes, got {len(texts)}")
+        raise Error(f"--batch-size and --corpus: expected a text a step for each of {WORLD} processes, got "
+                    f"{len(texts)}")
     return texts[RANK::WORLD]
 
 
 def total(x):
-    """The sum of a tensor over all processes; the gradient of the sum is that of all their losses."""
+    """The sum of a tensor over all processes. Backward adds up the gradients of all processes."""
     return Total.apply(x) if WORLD > 1 else x
 
 
@@ -72,8 +91,10 @@ def sum_gradients(params):
     """The gradients of a step, over all its texts, in every process."""
     if WORLD == 1:
         return
+    used = reduced(torch.tensor([float(p.grad is not None) for p in params]))
+    params = [p for p, n in zip(params, used.tolist()) if n]            # no text of the step used the others
     for p in params:
-        p.grad = torch.zeros_like(p) if p.grad is None else p.grad     # no text here has used this weight
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad      # no text here did
     flat = reduced(torch.cat([p.grad.flatten() for p in params]))
     for p, g in zip(params, flat.split([p.numel() for p in params])):
         p.grad.copy_(g.view_as(p))

@@ -31,7 +31,7 @@ def test_key_alignment_by_hand(backbone):
            ("The dog sees", "The river the dog", "the the")]
     z = torch.zeros(3, len(e.words.canonical_id))
     for w, x in (("dog", 2.0), ("river", 1.0)):
-        z[:, next(v for v, t in enumerate(e.words.text) if t == w and e.words.canonical_id[v] == v)] = x
+        z[:, next(v for v, t in enumerate(e.words.spelling) if t == w and e.words.canonical_id[v] == v)] = x
     assert analyze.key_alignment(z, e.words, ids) == pytest.approx((1 / 2 + 2 / 2) / 2)
 
 
@@ -66,7 +66,7 @@ def test_derived_by_hand(backbone):
     e = t2t.Embedder.load(str(backbone))
     word = lambda w: e.tok(w, add_special_tokens=False)["input_ids"]
     ids = [np.array(word(f"The {w} sees")) for w in ("dog", "cat", "river")]
-    canon = {t: v for v, t in enumerate(e.words.text) if t in ("dog", "cat") and e.words.canonical_id[v] == v}
+    canon = {t: v for v, t in enumerate(e.words.spelling) if t in ("dog", "cat") and e.words.canonical_id[v] == v}
     z = torch.zeros(3, len(e.words.canonical_id))
     z[:, canon["cat"]] = 1
     share, chance, each = analyze.derived(z, e.words, ids, lambda w: {"dog"} if w == "cat" else set(), k=1)

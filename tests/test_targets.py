@@ -54,7 +54,7 @@ def test_canon_by_hand(mark):
             12: 13, 13: 13,                                    # no lower case exists: the spaced form
             14: 14, 16: 16, 17: 16, 20: 20, 21: 20, 22: 22}          # a script without case needs no space
     assert {v: c for v, c in enumerate(words.canonical_id.tolist()) if c >= 0} == want
-    assert words.text[2] == "Dog" and words.text[23] == ""
+    assert words.spelling[2] == "Dog" and words.spelling[23] == ""
 
 
 def test_scripts_without_case():
@@ -94,7 +94,7 @@ def test_a_word_that_a_user_adds_is_a_word():
     words = read_vocabulary(tok, len(tok))
     ids = np.array(tok(" doctors gave patients remdesivir", add_special_tokens=False)["input_ids"])
     found = find_words(words, ids, [len(ids)])[1]
-    assert [words.text[v] for v in found] == ["doctors", "gave", "patients", "remdesivir"]
+    assert [words.spelling[v] for v in found] == ["doctors", "gave", "patients", "remdesivir"]
 
 
 def test_a_tokenizer_without_spaces_is_named():
@@ -171,7 +171,7 @@ def test_targets_from_a_real_tokenizer(tok, texts_file, backbone):
     np.testing.assert_allclose(sums, np.ones(400), rtol=1e-5)        # every sentence has an animal
     text = tok.decode(tokens[7].tolist())
     inside = set(text.lower().replace(",", " ").replace(".", " ").split())
-    assert {words.text[v] for v in q.indices[7] if v >= 0} <= inside
+    assert {words.spelling[v] for v in q.indices[7] if v >= 0} <= inside
     again = build_targets(config, tokens, words, None, tok)          # from disk
     np.testing.assert_array_equal(q.indices, again.indices)
 

@@ -132,6 +132,25 @@ def test_own_targets_may_not_be_wider_than_k(backbone, texts_file, tmp_path):
         train(config(backbone, texts_file, tmp_path / "a", top_k=8), targets=wide)
 
 
+def test_own_targets_are_resumed_with_the_same_function_alone(backbone, texts_file, tmp_path):
+    four = np.arange(100, 104, dtype=np.int32)
+    even = lambda rows: (np.stack([four + len(row) % 5 for row in rows]),
+                         np.full((len(rows), 4), 0.25, np.float32))
+    whole = train(config(backbone, texts_file, tmp_path / "whole"), targets=even)
+
+    def crash(step, _):
+        if step == 5:
+            raise Stop
+    with pytest.raises(Stop):
+        train(config(backbone, texts_file, tmp_path / "part"), targets=even, on_step=crash)
+    with pytest.raises(Error, match="the best constant loss"):
+        train(config(backbone, texts_file, tmp_path / "part", resume=True))
+    part = train(config(backbone, texts_file, tmp_path / "part", resume=True), targets=even)
+    assert_close(weights(part), weights(whole), rtol=0, atol=0)
+    with pytest.raises(Error, match="targets: expected --method data, model, both, got simcse"):
+        train(Config(method="simcse", out=str(tmp_path / "b")), targets=even)
+
+
 def test_out_may_be_a_link(backbone, texts_file, tmp_path):
     """To a folder on another disk, say: the checkpoint lands there, and the link stays one."""
     (tmp_path / "big").mkdir()
@@ -262,6 +281,30 @@ def test_overwrite(backbone, texts_file, tmp_path):
     assert Embedder.load(out).encode(["x"]).shape == (1, 32)
     again = train(config(backbone, texts_file, out, steps=3, overwrite=True))
     assert len(log(again)) == 3 and not (Path(out) / "state").exists()
+
+
+def test_overwrite_of_a_mistake_keeps_the_interrupted_run(backbone, texts_file, tmp_path):
+    def crash(step, _):
+        if step == 5:
+            raise Stop
+    with pytest.raises(Stop):
+        train(config(backbone, texts_file, tmp_path / "a"), on_step=crash)
+    with pytest.raises(Error, match="no-such-file"):
+        train(config(backbone, "no-such-file.txt", tmp_path / "a", overwrite=True))
+    train(config(backbone, texts_file, tmp_path / "a", resume=True))
+
+
+def test_what_a_kill_amid_the_last_renames_left(backbone, texts_file, tmp_path):
+    """OUT aside and none in place: it is put back. Both: the one aside goes."""
+    out, aside = tmp_path / "a", tmp_path / ".a.t2t-old"
+    train(config(backbone, texts_file, out))
+    out.rename(aside)
+    with pytest.raises(Error, match="holds a finished checkpoint"):
+        train(config(backbone, texts_file, out))
+    aside.mkdir()
+    with pytest.raises(Error, match="holds a finished checkpoint"):
+        train(config(backbone, texts_file, out))
+    assert not aside.exists()
 
 
 # --------------------------------------------------------------------------------------------- the checkpoint
