@@ -442,9 +442,8 @@ def vocab_kl(logits, indices, probs, reduction="mean", impl="auto", inplace=Fals
     if compiled(impl, logits.device.type):
         op = torch.ops.t2t.vocab_kl_ if inplace else torch.ops.t2t.vocab_kl
         return op(logits, indices, probs, REDUCTIONS.index(reduction))
-    i, p = coalesce(indices, probs)
     x = logits if logits.dtype == torch.float64 else logits.float()
-    p = p.to(x.dtype)
+    i, p = coalesce(indices, probs.to(x.dtype))
     x = x - x.detach().amax(1, keepdim=True)         # no overflow, and what all logits share costs no digits
     log_s = x.exp().sum(1, keepdim=True).log()
     log_softmax = x.gather(1, i.clamp_min(0)) - log_s                  # (N,K) at the targets

@@ -447,14 +447,13 @@ def report(a):
     out = str((ROOT / "results" if a.publish else Path(a.runs)) / f"compare-{Path(a.corpus).stem}-{a.texts}")
     Path(out + ".json").write_text(json.dumps(facts, indent=1) + "\n")
     columns = [*STS, "mean STS", "Banking77Classification"]
-    head = " | ".join([" ", "seeds", *columns, "mean STS raw"])
+    head = " | ".join([" ", "seeds", *columns, "mean STS, half whitened"])
     text = [f"{a.texts:,} texts of {Path(a.corpus).name}, up to {a.max_length} tokens, a run; scores x 100, "
-            "whitened vectors; mean and 95 % interval over seeds", "", f"| {head} |",
+            "raw vectors; mean and 95 % interval over seeds", "", f"| {head} |",
             "|---|---:|" + "---:|" * (len(columns) + 1)]
     show = lambda x: "" if x is None else f"{x[0]:.2f}" + ("" if x[1] is None else f" ± {x[1]:.2f}")
     for name, row in table.items():
-        best = row.get("whitened", row["raw"])
-        cells = [show(best.get(c)) for c in columns] + [show(row["raw"].get("mean STS"))]
+        cells = [show(row["raw"].get(c)) for c in columns] + [show(row.get("whitened", {}).get("mean STS"))]
         text.append(f"| {name} | {len(row['seeds']) or ''} | {' | '.join(cells)} |")
     text += ["", f"{len(claims)} differences of mean STS, each with a 95 % interval of its own (a twentieth "
              "may miss), over pairs of texts and seeds; where a trained side has one seed, for that run", "",

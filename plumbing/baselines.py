@@ -18,14 +18,15 @@ def simcse(batch, forward, model, dropout=0.3, temperature=0.05):
 
         L = -mean_b log softmax_b'(cos(h_b, h'_b') / temperature)[b]      h, h': two readings, two dropouts
 
-    Every text is told from all others of its batch, but backward reads each micro-batch again, with the same
-    dropout: so one micro-batch's graph is held at once, whatever the size of the batch."""
+    Every text is told from all others of its batch. If that is more than one micro-batch, backward reads each
+    again, with the same dropout: so one micro-batch's graph is held at once, whatever the size of the batch."""
     attention = set_attention_dropout(model, dropout)
     for m in attention:
         m.training = True
     read = lambda *part: forward(*part)[1]
-    h, other = (torch.cat([recomputed(read, *part, use_reentrant=False) for part in batch])          # (B,C)
-                for _ in range(2))
+    once = len(batch) == 1
+    h, other = (torch.cat([read(*part) if once else recomputed(read, *part, use_reentrant=False)
+                           for part in batch]) for _ in range(2))                                    # (b,C)
     B = int(processes.total(torch.tensor(len(h))))                     # texts of all processes
     if B < 2:
         raise Error("--corpus: expected two texts or more for simcse to tell apart, got one: pass more texts")

@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # csrc/ under AddressSanitizer and UBSan, by the tests of the loss; results/sanitize.txt
 #
-#     PYTHON=.venv/bin/python tests/sanitize.sh [options of pytest]    # minutes; needs g++ with its libasan
+#     PYTHON=.venv/bin/python [FUZZ_SECONDS=60] tests/sanitize.sh [options of pytest]
+#
+# The tests of the loss, then tests/fuzz.py. Minutes; needs g++ with its libasan.
 #
 # Left out: torch.compile and opcheck, which start compilers of their own and reach the same C++; training;
 # test_build.py, whose processes look for compilers; vptr, which wants type information of torch's classes.
@@ -29,6 +31,9 @@ sanitized() {
 sanitized -m pytest -q -p no:cacheprovider tests/test_ext.py tests/test_loss.py \
   -k "not compile and not opcheck and not training" "$@" 2>&1 | tee "$log"
 status=${PIPESTATUS[0]}
+sanitized tests/fuzz.py --seconds "${FUZZ_SECONDS:-60}" 2>&1 | tee "$log.fuzz"
+fuzzed=${PIPESTATUS[0]}
+cat "$log" "$log.fuzz" > "$log.all"
 
 # A planted error, logits of 800 bytes in 64, must be seen: else this script would always say "clean".
 control=$(sanitized -c "
@@ -39,7 +44,7 @@ x.untyped_storage().resize_(64)
 torch.ops.t2t.kl_loss(x, torch.zeros(5, 1).long(), torch.ones(5, 1))" 2>&1 |
   grep -c "AddressSanitizer: heap-buffer-overflow")
 
-findings=$(grep -cE "ERROR: AddressSanitizer|runtime error:" "$log")
+findings=$(grep -cE "ERROR: AddressSanitizer|runtime error:" "$log.all")
 {
   echo tests/sanitize.sh "$@"
   echo "$(date -u +%F), $("$CXX" --version | head -1)," \
@@ -47,12 +52,13 @@ findings=$(grep -cE "ERROR: AddressSanitizer|runtime error:" "$log")
        "$(uname -m), $((SECONDS - start)) s with the build"
   echo "flags: $CFLAGS"
   echo "pytest: $(tail -1 "$log")"
+  tail -1 "$log.fuzz"
   echo "planted error: $([ "$control" = 0 ] && echo "NOT SEEN: what follows means nothing" || echo seen)"
-  if [ "$findings" = 0 ] && [ "$status" = 0 ]; then echo "clean"
-  elif [ "$findings" = 0 ]; then echo "no finding of a sanitizer, but pytest ended with status $status:"
+  if [ "$findings" = 0 ] && [ "$status$fuzzed" = 00 ]; then echo "clean"
+  elif [ "$findings" = 0 ]; then echo "no finding of a sanitizer, but pytest ended with $status, fuzz with $fuzzed:"
     grep "^FAILED" "$log" | cut -c1-200
   else echo "$findings findings:"
-    grep -E -A8 "ERROR: AddressSanitizer|runtime error:" "$log" | sed "s|$PWD/||g; s|/[^ ]*/||g" | head -60
+    grep -E -A8 "ERROR: AddressSanitizer|runtime error:" "$log.all" | sed "s|$PWD/||g; s|/[^ ]*/||g" | head -60
   fi
 } | tee results/sanitize.txt
-[ "$status" = 0 ] && [ "$control" != 0 ]
+[ "$status$fuzzed" = 00 ] && [ "$control" != 0 ]
