@@ -511,10 +511,10 @@ class Embedder:
         folder = fetched(folder)
         facts = folders.read_facts(folder)
         used = facts.get("config", {})
-        model, tok = load_backbone(str(folder), used.get("attention", "causal"))
+        model, tok = load_backbone(str(folder), used.get("attention", "causal"), option="Embedder.load")
         length = min(facts.get("max_length", 512), positions(model))
         return cls(model.to(device), tok, used.get("pooling", "mean"), length, facts.get("scale", 1.0),
-                   folders.read_mean(folder))
+                   folders.read_mean(folder, head(model).weight.shape[1]))
 
     def encode(self, texts, batch_size=64):
         """list of N str -> (N,C) float32, rows of length 1. A text without a token gives zeros."""

@@ -52,7 +52,11 @@ def fetched(name):
     if Path(folder).exists():
         return folder
     from huggingface_hub import snapshot_download
-    return snapshot_download(folder, ignore_patterns=["sparse/*", "*.bin", "onnx/*"])
+    try:
+        return snapshot_download(folder, ignore_patterns=["sparse/*", "*.bin", "onnx/*"])
+    except Exception as e:                                             # no network, no such name, no name
+        raise Error(f"Embedder.load: expected a checkpoint, but {name} is no folder here, and the hub does "
+                    f"not give it: {why(e)}") from None
 
 
 def read_gguf(file, beside, folder, option):
@@ -71,7 +75,8 @@ def read_gguf(file, beside, folder, option):
         model, info = AutoModelForCausalLM.from_pretrained(
             where[0], gguf_file=where[1], config=config, dtype=torch.float32, output_loading_info=True,
             quantization_config=GgufConfig(dequantize=True))
-        tok = AutoTokenizer.from_pretrained(where[0], **({} if beside else {"gguf_file": where[1]}))
+        tok = AutoTokenizer.from_pretrained(where[0], trust_remote_code=False,
+                                            **({} if beside else {"gguf_file": where[1]}))
     except Exception as e:                                          # gguf and transformers raise many types
         raise Error(f"{option}: expected a GGUF file that transformers reads (a Llama, Qwen, Mistral, Gemma, "
                     f"...); {file} is damaged, cut short or of another kind: {why(e)}") from None
@@ -147,12 +152,13 @@ def read_backbone(name, attention, dtype=torch.float32, option="--backbone"):
         if find_adapter_config_file(folder):                           # transformers would add it, unasked
             raise Error(f"{option}: expected a whole model, but {where} holds an adapter: merge it into its "
                         "model first (merge_and_unload of peft), or remove adapter_config.json")
-        settings = AutoConfig.from_pretrained(folder)
+        code = {"trust_remote_code": False}                            # else a console is asked to run it
+        settings = AutoConfig.from_pretrained(folder, **code)
         for part in (settings, settings.get_text_config()):            # of a model that also sees: its own
             part.is_causal = attention == "causal"                    # the documented switch; checked below
         model, info = AutoModelForCausalLM.from_pretrained(folder, config=settings, dtype=dtype,
-                                                           output_loading_info=True)
-        tok = AutoTokenizer.from_pretrained(folder, padding_side="right")
+                                                           output_loading_info=True, **code)
+        tok = AutoTokenizer.from_pretrained(folder, padding_side="right", **code)
     except (Error, torch.OutOfMemoryError):
         raise
     except Exception as e:                                             # each library has types of its own
@@ -162,6 +168,9 @@ def read_backbone(name, attention, dtype=torch.float32, option="--backbone"):
     if missing:
         raise Error(f"{option}: expected a whole causal language model, but {where} lacks {missing[0]} and "
                     f"{len(missing) - 1} other weights: an encoder, or a damaged download?")
+    if damaged := [name for name, weight in model.named_parameters() if not weight.isfinite().all()]:
+        raise Error(f"{option}: expected finite weights, but in {where} {damaged[0]} holds NaN or infinity: "
+                    "a run that failed, or a damaged download?")
     if len(tok) > rows:
         raise Error(f"{option}: expected a tokenizer that fits the model, but in {where} it has {len(tok)} "
                     f"entries and the embedding {rows}")

@@ -50,7 +50,7 @@ def texts(source, counts=None):
     seen = set()                                     # a digest a text, not the text
     for text in read(source):
         counts.read += 1
-        text = " ".join(text.encode("utf-8", "replace").decode().split())      # half a character: JSON may
+        text = " ".join(mended(text).split())
         digest = hashlib.blake2b(text.casefold().encode(), digest_size=8).digest()
         if not text:
             counts.empty += 1
@@ -59,6 +59,11 @@ def texts(source, counts=None):
         else:
             seen.add(digest)
             yield text
+
+
+def mended(text):
+    """Half of a UTF-16 pair becomes ?: JSON and a program may hold one, a tokenizer fails on it."""
+    return str.encode(text, "utf-8", "replace").decode()
 
 
 def fingerprint(source):
@@ -130,17 +135,17 @@ def parquet(path):
     import pyarrow.parquet
     try:
         file = pyarrow.parquet.ParquetFile(path)
-    except (pyarrow.ArrowInvalid, OSError) as e:
+        names = file.schema_arrow.names
+        if names.count("text") != 1:
+            raise Error(f"--corpus: expected a column called text in {path}, found {', '.join(names)}")
+        kind = file.schema_arrow.field("text").type
+        kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind    # categories of pandas
+        if str(kind) not in ("string", "large_string", "string_view", "null"):   # null: not a single text
+            raise Error(f"--corpus: expected strings in the column text of {path}, found {kind}")
+        for batch in file.iter_batches(columns=["text"]):
+            yield from (text or "" for text in batch.column(0).to_pylist())
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as e:    # at the beginning, or amid the file
         raise Error(f"--corpus: expected parquet, but {path} is not ({str(e).splitlines()[0]})") from None
-    names = file.schema_arrow.names
-    if "text" not in names:
-        raise Error(f"--corpus: expected a column called text in {path}, found {', '.join(names)}")
-    kind = file.schema_arrow.field("text").type
-    kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind        # categories of pandas
-    if str(kind) not in ("string", "large_string", "string_view", "null"):       # null: not a single text
-        raise Error(f"--corpus: expected strings in the column text of {path}, found {kind}")
-    for batch in file.iter_batches(columns=["text"]):
-        yield from (text or "" for text in batch.column(0).to_pylist())
 
 
 def hub(name, column="text", configuration=None, split="train"):
@@ -240,6 +245,7 @@ def tokenize(tok, texts, max_length):
     """list of str -> list of id lists, truncated. Only here text becomes ids, in training and in use."""
     if not texts:
         return []
+    texts = [mended(text) for text in texts]
     return tok(texts, truncation=True, max_length=max_length, return_attention_mask=False)["input_ids"]
 
 
@@ -258,19 +264,21 @@ def tokenize_corpus(source, tok, max_length):
         with open(folder / "ids", "wb") as out, tqdm(desc="tokenize", unit=" texts") as bar:
             for block in blocks(texts(source, counts), 4096):
                 ids = tokenize(tok, block, max_length)
-                n = np.array([len(i) for i in ids])
+                counts.empty += ids.count([])              # nothing that the tokenizer knows
+                n = np.array([len(i) for i in ids if i], np.int64)
                 np.fromiter((i for x in ids for i in x), np.uint32, n.sum()).tofile(out)
                 lengths.append(n)
                 digest.update("\n".join(block).encode())
                 bar.update(len(block))
         print(f"corpus {source}: {counts}")
-        if not lengths:
-            raise Error(f"--corpus: expected at least one text, but {source} has none")
-        np.save(folder / "start.npy", np.concatenate([[0], np.cumsum(np.concatenate(lengths))]))
+        start = np.cumsum(np.concatenate([[0], *lengths]))
+        if not start[-1]:
+            raise Error(f"--corpus: expected at least one text that has a token, but {source} has none")
+        np.save(folder / "start.npy", start)
         (folder / "hash").write_text(digest.hexdigest())
 
-    made_by = source_hash(PACKAGES, LITERAL, MARKUP, CODE, OTHER, WORDS, ITEM, texts, read, read_file,
-                          parquet, hub, docstrings, prose, clean, tokenize, tokenize_corpus)
+    made_by = source_hash(PACKAGES, LITERAL, MARKUP, CODE, OTHER, WORDS, ITEM, texts, mended, read,
+                          read_file, parquet, hub, docstrings, prose, clean, tokenize, tokenize_corpus)
     name = hash_of(made_by, fingerprint(source), tokenizer_hash(tok), max_length)
     folder = cached("tokens", name, write)
     return Tokens(np.memmap(folder / "ids", np.uint32, "r"), np.load(folder / "start.npy"),

@@ -11,6 +11,7 @@ Files are written beside their place and renamed: a kill at any moment leaves th
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import shutil
 import signal
@@ -23,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from plumbing import processes
-from plumbing.backbones import identity_of
+from plumbing.backbones import identity_of, why
 from plumbing.cache import write_json, write_whole
 from plumbing.cli import RANK, Error, flag
 
@@ -119,8 +120,13 @@ def load_state(out, config, model, optimizer, data):
         raise Error(f"--out: expected a folder that all processes share, got {out}, whose state not all see")
     if not begun:
         return None
-    state = torch.load(file, map_location="cpu", weights_only=True)
-    was, now = state["identity"], identity(config, data)
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        was, run, weights, moments = (state[k] for k in ("identity", "run", "weights", "optimizer"))
+    except Exception as e:                                        # torch has many types for a damaged file
+        raise Error(f"--resume: expected the state of a run, but {file} is damaged ({why(e)[:80]}): pass "
+                    "--overwrite to start again") from None
+    now = identity(config, data)
     changed = [f"{flag(k) if k in was and hasattr(config, k) else k} {v} (was {was.get(k)})"
                for k, v in now.items() if v != was.get(k)]
     if changed:
@@ -128,12 +134,12 @@ def load_state(out, config, model, optimizer, data):
     with torch.no_grad():
         for name, p in model.named_parameters():
             if p.requires_grad:
-                p.copy_(state["weights"][name])
-    optimizer.load_state_dict(state["optimizer"])
+                p.copy_(weights[name])
+    optimizer.load_state_dict(moments)
     if not RANK:                        # steps that came after the state are taken, and logged, again
-        lines = (out / "state" / "log.jsonl").read_text().splitlines()[:state["run"]["step"]]
+        lines = (out / "state" / "log.jsonl").read_text().splitlines()[:run["step"]]
         write_whole(out / "state" / "log.jsonl", "".join(line + "\n" for line in lines))
-    return state["run"]
+    return run
 
 
 @contextlib.contextmanager
@@ -230,15 +236,36 @@ def write_pooling(folder, embedder):
 
 
 def read_facts(folder):
-    """t2t.json of a checkpoint; {} of anything else."""
+    """t2t.json of a checkpoint, checked where it decides the vectors; {} of anything else."""
     path = Path(folder) / "t2t.json"
-    return json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    try:
+        facts = json.loads(path.read_text("utf-8"))
+        used, length = facts["config"], facts["max_length"]
+        good = (used["attention"] in ("bidirectional", "causal") and used["pooling"] in ("mean", "last")
+                and isinstance(length, int) and length >= 1 and 0 < facts["scale"] < math.inf)
+    except (ValueError, KeyError, TypeError, RecursionError):      # no JSON, or other JSON than ours
+        good = False
+    if not good:
+        raise Error(f"Embedder.load: expected {path} as training wrote it, with attention, pooling, "
+                    "max_length and scale, got something else: copy the checkpoint again")
+    return facts
 
 
-def read_mean(folder):
+def read_mean(folder, C):
     """mean (C,) of a checkpoint; None of anything else."""
     path = Path(folder) / "mean.safetensors"
-    return load_file(path)["mean"] if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        mean = load_file(path)["mean"]
+    except (SafetensorError, KeyError):
+        mean = torch.empty(0)
+    if mean.shape != (C,) or not mean.isfinite().all():
+        raise Error(f"Embedder.load: expected {C} finite numbers called mean in {path}, got something else: "
+                    "copy the checkpoint again")
+    return mean
 
 
 def ours(config):
