@@ -115,3 +115,65 @@ def test_smollm2_learns(texts_file, tmp_path):
     np.testing.assert_allclose(peer.encode(texts), e.encode(texts), atol=1e-5)
     tokens = [t for t, _ in e.top_tokens(["The wolf sees the goat in the garden."], 8)[0]]
     assert set(tokens) & {"wolf", "goat", "garden", "sees"}
+
+
+# -------------------------------------------------------------------------------------- other architectures
+# Sizes under the names that architectures have for them; each takes those that it knows.
+SMALL = dict(
+    vocab_size=520, pad_token_id=0, bos_token_id=1, eos_token_id=2, hidden_size=32, n_embd=32,
+    word_embed_proj_dim=32, intermediate_size=64, n_inner=64, ffn_dim=64, num_hidden_layers=2, num_layers=2,
+    n_layer=2, num_attention_heads=4, attention_heads=4, n_head=4, num_key_value_heads=2, head_dim=8,
+    global_head_dim=8, rotary_dim=8, max_position_embeddings=256, n_positions=256,
+    # experts
+    num_experts=4, num_local_experts=4, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1,
+    moe_intermediate_size=32, shared_expert_intermediate_size=32, shared_intermediate_size=32,
+    first_k_dense_replace=1,
+    # compressed keys; linear attention and other recurrences; embeddings of each layer
+    q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8,
+    linear_key_head_dim=8, linear_value_head_dim=8, linear_num_key_heads=2, linear_num_value_heads=4,
+    mamba_n_heads=4, mamba_d_head=16, mamba_d_state=8, mamba_dt_rank=4, lru_width=32,
+    hidden_size_per_layer_input=8, vocab_size_per_layer_input=520)
+# A layer of each kind, where the first two would be alike; as many keys as queries, where one map makes both
+OWN = {"qwen3_next": dict(layer_types=["linear_attention", "full_attention"]),
+       "lfm2": dict(layer_types=["conv", "full_attention"]), "deepseek_v3": dict(num_key_value_heads=4),
+       "granitemoehybrid": dict(layers_block_type=["mamba", "attention"]),
+       "jamba": dict(attn_layer_period=2, attn_layer_offset=1), "minicpm3": dict(num_key_value_heads=4)}
+RUN = """gpt2 gpt_bigcode gptj codegen opt bloom falcon biogpt xglm olmo olmo2 olmo3 phi3 qwen3_moe mixtral
+         qwen3_next deepseek_v3 gpt_oss starcoder2 smollm3 glm4 granitemoehybrid cohere2 minicpm3 gemma3_text
+         gemma4_text lfm2 jamba exaone4 ernie4_5 ministral3 persimmon""".split()
+# Its soft cap has another name (logits_soft_cap), which Head does not read.
+REFUSED = {"recurrent_gemma": "those of recurrent_gemma are not"}
+
+
+def small(name):
+    """The settings of a two-layer model of width 32 of any architecture that transformers has."""
+    from transformers import AutoConfig
+    known = AutoConfig.for_model(name).to_dict()
+    return AutoConfig.for_model(name, **{k: v for k, v in SMALL.items() if k in known} | OWN.get(name, {}))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*RUN, *REFUSED])
+def test_an_architecture_trains_and_is_read_again(name, tok, texts_file, tmp_path):
+    """With both attentions, Embedder and SentenceTransformer read what the last step left, padded or not."""
+    from sentence_transformers import SentenceTransformer
+    from transformers import AutoModelForCausalLM
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(small(name)).float().save_pretrained(tmp_path / "m")
+    tok.save_pretrained(tmp_path / "m")
+    texts, left = [*sentences(3), "dog"], {}
+    for attention in "bidirectional", "causal":
+        config = t2t.Config(backbone=str(tmp_path / "m"), attention=attention, out=str(tmp_path / attention),
+                            corpus=str(texts_file), method="data", steps=2, batch_size=8, top_k=8,
+                            lora_rank=4, lr=1e-2, device="cpu", dtype="float32")
+        if name in REFUSED:
+            with pytest.raises(Error, match=REFUSED[name]):
+                t2t.train(config)
+            continue
+        out = t2t.train(config, on_step=lambda step, e: left.update({step: e.encode(texts)}))
+        e = t2t.Embedder.load(out)
+        rows = e.encode(texts)
+        np.testing.assert_allclose(rows, left[2], atol=1e-5)           # the adapters, merged
+        assert np.abs(left[2] - left[1]).max() > 1e-4                  # which have learned
+        np.testing.assert_allclose(e.encode(texts, batch_size=1), rows, atol=1e-5)
+        np.testing.assert_allclose(SentenceTransformer(out, device="cpu").encode(texts), rows, atol=1e-5)
