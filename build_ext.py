@@ -83,6 +83,12 @@ def load(build):
         print(f"building csrc/{' with CUDA' * cuda}, once, about a minute ...", file=sys.stderr, flush=True)
         files = [str(CSRC / f) for f in ["bind.cpp", "cpu.cpp"] + ["cuda.cu"] * cuda]
         flags = CFLAGS + ["-DT2T_CUDA"] * cuda + os.environ.get("CFLAGS", "").split()
+        cxx = os.environ.get("CXX", "")
+        if len(cxx.split()) > 1:                               # torch quotes it, as the name of one program
+            script = folder.resolve() / "cxx"
+            script.write_text(f'#!/bin/sh\nexec {cxx} "$@"\n')
+            script.chmod(0o755)
+            os.environ["CXX"] = str(script)
         try:
             sys.modules["t2t_ext"] = cpp_extension.load(
                 "t2t_ext", files, flags, NVCC, build_directory=str(folder), with_cuda=cuda)
@@ -90,6 +96,9 @@ def load(build):
             raise Error(f"csrc/: the compiler failed (--impl torch does without it); it said:\n{e}") from None
         except (ImportError, OSError) as e:
             raise not_loaded(folder, e) from None
+        finally:
+            if cxx:
+                os.environ["CXX"] = cxx
 
     folder = cached("csrc", folder_name(), write)
     if "t2t_ext" not in sys.modules:

@@ -161,20 +161,22 @@ def save(out, embedder, config, facts):
     for leftover in (new, aside):
         shutil.rmtree(leftover, ignore_errors=True)
     new.mkdir(parents=True)
-    with writing(out, new):
-        embedder.model.cpu().float().save_pretrained(new)
-        embedder.tok.save_pretrained(new)
-        shared = [f for f in new.iterdir() if f.is_file()]        # weights, config and tokenizer
+    # inside, names are ASCII: safetensors and tokenizers fail on others where the locale is not UTF-8
+    with writing(out, new), contextlib.chdir(new):
+        here = Path()
+        embedder.model.cpu().float().save_pretrained(here)
+        embedder.tok.save_pretrained(here)
+        shared = [f for f in here.iterdir() if f.is_file()]       # weights, config and tokenizer
         prompts = {"query": config.prompt, "document": ""}
-        save_dense(new, embedder, prompts)
-        save_sparse(new / "sparse", shared, embedder, prompts)
+        save_dense(here, embedder, prompts)
+        save_sparse(here / "sparse", shared, embedder, prompts)
         if embedder.mean is not None:
-            save_file({"mean": embedder.mean}, new / "mean.safetensors")
+            save_file({"mean": embedder.mean}, here / "mean.safetensors")
         facts = facts | {"ours": ours(config), "versions": versions()}
-        write_json(new / "t2t.json", facts)
-        write_whole(new / "README.md", model_card(config, facts))
+        write_json(here / "t2t.json", facts)
+        write_whole(here / "README.md", model_card(config, facts))
         if (out / "state" / "log.jsonl").exists():
-            shutil.copy(out / "state" / "log.jsonl", new)
+            shutil.copy(out / "state" / "log.jsonl", here)
     out.rename(aside)
     new.rename(out)
     shutil.rmtree(aside)

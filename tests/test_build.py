@@ -34,6 +34,19 @@ def test_a_compiler_behind_another_program(monkeypatch):
     assert asked == ["ccache", "ninja"]
 
 
+@pytest.mark.ext
+def test_the_other_program_gets_the_compiler_and_its_arguments(tmp_path):
+    """A stand-in for ccache, which writes down what it is asked to run, and fails to compile."""
+    other = tmp_path / "ccache"
+    other.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n'
+                     'case "$*" in *" -c "*) exit 1;; esac\nexec "$@"\n')
+    other.chmod(0o755)
+    status, out, err = python("build_ext.py", cache=tmp_path / "cache", CXX=f"{other} g++")
+    assert status and "csrc/: the compiler failed" in err and "Traceback" not in err
+    asked = (tmp_path / "asked").read_text().splitlines()
+    assert any(line.startswith("g++ -MMD ") and " -c " in line for line in asked), asked
+
+
 def test_without_ninja(monkeypatch):
     monkeypatch.setattr(build_ext.shutil, "which", lambda tool: None if tool == "ninja" else tool)
     with pytest.raises(Error, match="pip install ninja.*--impl torch"):

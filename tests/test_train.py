@@ -530,16 +530,19 @@ def test_a_file_may_not_grow(backbone, texts_file, tmp_path):
 
 
 def test_a_console_that_is_not_utf8(backbone, tmp_path):
-    """A corpus with a Cyrillic name: a checkpoint, whose card has the name, and no error from printing it."""
+    """A corpus with a Cyrillic name, and --out: a checkpoint, whose card has the name, and no error from
+    printing it."""
     corpus = tmp_path / "собаки.txt"
     corpus.write_text("\n".join(sentences(40)) + "\nСобака и кошка.\n", "utf-8")
-    out = tmp_path / "out"
+    out = tmp_path / "папка" / "выход"
     command = [sys.executable, "t2t.py", "--backbone", backbone, "--corpus", corpus, "--out", out,
                "--steps", "1", "--top-k", "4", "--batch-size", "4", "--device", "cpu"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True,
                           env=os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0"})
     assert done.returncode == 0, done.stderr
     assert "собаки.txt" in (out / "README.md").read_text("utf-8")
+    assert Embedder.load(out).encode(["x"]).shape == (1, 32)
+    assert [f.name for f in out.parent.iterdir()] == [out.name]         # nothing half-written beside it
 
 
 def test_out_of_memory_names_the_flag(backbone, texts_file, tmp_path, capsys, monkeypatch):
