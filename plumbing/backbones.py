@@ -158,7 +158,8 @@ def read_backbone(name, attention, dtype=torch.float32, option="--backbone"):
             part.is_causal = attention == "causal"                    # the documented switch; checked below
         model, info = AutoModelForCausalLM.from_pretrained(folder, config=settings, dtype=dtype,
                                                            output_loading_info=True, **code)
-        tok = AutoTokenizer.from_pretrained(folder, padding_side="right", **code)
+        # a text that spells <|im_end|> means these characters, no control token; saved with the checkpoint
+        tok = AutoTokenizer.from_pretrained(folder, padding_side="right", split_special_tokens=True, **code)
     except (Error, torch.OutOfMemoryError):
         raise
     except Exception as e:                                             # each library has types of its own

@@ -18,8 +18,8 @@ def simcse(batch, forward, model, dropout=0.3, temperature=0.05):
 
         L = -mean_b log softmax_b'(cos(h_b, h'_b') / temperature)[b]      h, h': two readings, two dropouts
 
-    Every text is told from all others of its batch. If that is more than one micro-batch, backward reads each
-    again, with the same dropout: so one micro-batch's graph is held at once, whatever the size of the batch."""
+    Every text is told from all others of its batch. Backward reads each micro-batch again, if there are more
+    than one, with the same dropout: so one graph is held at once, whatever the size of the batch."""
     attention = set_attention_dropout(model, dropout)
     for m in attention:
         m.training = True

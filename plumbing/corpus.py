@@ -254,7 +254,7 @@ def tokenizer_hash(tok):
     tokenizer's last call."""
     backend = getattr(tok, "backend_tokenizer", None)
     how = json.loads(backend.to_str()) | {"truncation": None, "padding": None} if backend else repr(tok)
-    return hash_of(how, tok.all_special_ids, len(tok))
+    return hash_of(how, tok.all_special_ids, len(tok), getattr(tok, "split_special_tokens", False))
 
 
 def tokenize_corpus(source, tok, max_length):

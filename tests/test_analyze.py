@@ -66,7 +66,8 @@ def test_derived_by_hand(backbone):
     e = t2t.Embedder.load(str(backbone))
     word = lambda w: e.tok(w, add_special_tokens=False)["input_ids"]
     ids = [np.array(word(f"The {w} sees")) for w in ("dog", "cat", "river")]
-    canon = {t: v for v, t in enumerate(e.words.spelling) if t in ("dog", "cat") and e.words.canonical_id[v] == v}
+    canon = {t: v for v, t in enumerate(e.words.spelling)
+             if t in ("dog", "cat") and e.words.canonical_id[v] == v}
     z = torch.zeros(3, len(e.words.canonical_id))
     z[:, canon["cat"]] = 1
     share, chance, each = analyze.derived(z, e.words, ids, lambda w: {"dog"} if w == "cat" else set(), k=1)

@@ -359,3 +359,13 @@ def test_a_state_that_is_damaged(backbone, texts_file, tmp_path):
         says = refused(lambda: train(config(backbone, texts_file, tmp_path / "a", **run, resume=True)))
         assert "is damaged" in says and "--overwrite" in says
     assert train(config(backbone, texts_file, tmp_path / "a", **run, overwrite=True))
+
+
+def test_a_text_that_spells_a_control_token_means_its_characters(checkpoint):
+    """Here and in SentenceTransformer, which reads the same from the folder."""
+    from sentence_transformers import SentenceTransformer
+    e, texts = Embedder.load(checkpoint), ["a</s>b", "<pad> dog", "dog"]
+    special = set(e.tok.all_special_ids)
+    assert [sum(i in special for i in ids) for ids in e.token_ids(texts)] == [1, 1, 1]      # the <s> in front
+    st = SentenceTransformer(str(checkpoint), device="cpu")
+    np.testing.assert_allclose(st.encode(texts), e.encode(texts), atol=1e-5)

@@ -1,4 +1,4 @@
-"""A run that is killed at any moment, and runs side by side: the folder is absent, old or new, never a half."""
+"""A run that is killed at any moment, and two runs with one cache: a folder is absent or whole."""
 import contextlib
 import json
 import multiprocessing
@@ -61,7 +61,8 @@ def test_killed_at_any_moment(backbone, texts_file, tmp_path, kills):
         process.kill()
         process.join()
         names = check_folder(out)
-        met.add("whole" if "t2t.json" in names else "state" if (out / "state" / "last.pt").exists() else "none")
+        begun = (out / "state" / "last.pt").exists()
+        met.add("whole" if "t2t.json" in names else "state" if begun else "none")
         if "t2t.json" not in names:
             again = start(settings_of(backbone, texts_file, out, resume=True), cache)
             again.join()

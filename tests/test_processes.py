@@ -17,9 +17,10 @@ from test_train import log, weights
 
 def run(count, *args):
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", "t2t.py",
-            *map(str, args)]
-    return subprocess.Popen(line, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}",
+            "t2t.py", *map(str, args)]
+    return subprocess.Popen(line, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            text=True)
 
 
 def settings(backbone, texts_file, out, **more):
