@@ -47,7 +47,7 @@ def check_folder(out):
     return names
 
 
-@pytest.mark.parametrize("kills", [5, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [4, pytest.param(50, marks=pytest.mark.slow)])
 def test_killed_at_any_moment(backbone, texts_file, tmp_path, kills):
     """Reading, targets, training, saving, merging: a moment in each part of the run's time."""
     start(settings_of(backbone, texts_file, tmp_path / "warm"), tmp_path / "warm-cache").join()

@@ -53,7 +53,8 @@ def test_two_processes_train_as_one(backbone, texts_file, tmp_path, rank):
     assert_close(weights(tmp_path / "two"), weights(one), rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("method", ["simcse", pytest.param("mntp", marks=SLOW)])
+@SLOW
+@pytest.mark.parametrize("method", ["simcse", "mntp"])
 def test_baselines_see_the_whole_batch(backbone, texts_file, tmp_path, method):
     """Their random numbers are a process's own, so the losses are alike and not equal. A simcse that told
     texts from those of its own process alone would have ln 2 less."""
@@ -89,6 +90,7 @@ def test_one_goes_on_where_two_were_killed(backbone, texts_file, tmp_path):
     assert [json.loads(line)["step"] for line in (state / "log.jsonl").open()] == [*range(1, done + 2)]
 
 
+@SLOW
 def test_a_mistake_ends_all(backbone, tmp_path):
     """The first process finds it; the others wait for it and are ended."""
     two = run(2, *flags(**settings(backbone, tmp_path / "none.txt", tmp_path / "out")))

@@ -214,7 +214,7 @@ def cli(*args, **more):
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more)
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("how", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
 def test_ctrl_c_and_kill_leave_a_state(backbone, texts_file, tmp_path, how):
     out = tmp_path / "out"
     args = ["--backbone", backbone, "--corpus", texts_file, "--out", out, "--batch-size", 16, "--top-k", 8,
