@@ -54,7 +54,7 @@ class Config:
     batch_size: int = setting(32, "texts per step", TRAINED, least=1)
     micro_batch: int = setting(8, "texts per forward pass (more if short)", TRAINED, least=1)
     steps: int = setting(80, "optimiser steps", TRAINED, least=1)
-    lr: float | None = setting(None, "peak rate (default 1e-3, simcse 3e-5, mntp 3e-4)", TRAINED, least=1e-12)
+    lr: float | None = setting(None, "peak rate (default 1e-3, mntp 3e-4)", TRAINED, least=1e-12)
     lora_rank: int = setting(16, "of LoRA; 0: all weights learn, except embedding and head", TRAINED, least=0)
     seed: int = setting(42, "of the order of texts and of every random number", TRAINED, least=0)
     device: str = setting("auto", "where to train", ALL, ["auto", "cpu", "cuda"])
