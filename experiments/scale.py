@@ -39,7 +39,7 @@ def write_corpus(file, N):
             text = list(words[n % len(words)])
             for place in np.flatnonzero(rng.random(len(text)) < 0.1):
                 text[place] = others[rng.integers(len(others))]
-            out.write(json.dumps({"text": " ".join(text)}) + "\n")
+            out.write(json.dumps({"text": " ".join([*text, str(n)])}) + "\n")     # all distinct
 
 
 def measure(N, file, folder):
