@@ -175,7 +175,7 @@ def find_words(words, ids, lengths):
     OURS: a word that the tokenizer splits counts as its first piece, " dys" for dyslexia (unless that is a
     stop word or a letter). A prototype that left such words out lost 6 points of STS. Later pieces do not
     count: "able" in comfort|able is not able."""
-    row = np.repeat(np.arange(len(lengths)), lengths)                                            # (total,)
+    row = np.repeat(np.arange(len(lengths)), lengths)                                             # (total,)
     inside = np.zeros(len(ids), bool)
     inside[1:] = (words.is_continuation[ids[1:]] & words.ends_in_letter[ids[:-1]] & (row[1:] == row[:-1]))
     keep = (words.canonical_id[ids] >= 0) & ~inside
@@ -187,7 +187,7 @@ def document_frequency(tokens, words):
     df, lengths = np.zeros(len(words.canonical_id), np.int64), tokens.lengths
     for block in blocks(range(len(tokens)), 4096):
         row, word = find_words(words, tokens.ids[tokens.start[block[0]]:tokens.start[block[-1] + 1]],
-                                lengths[block])
+                               lengths[block])
         df += np.bincount(np.unique(row * len(df) + word) % len(df), minlength=len(df))
     return df
 
@@ -273,12 +273,12 @@ def data_targets(ids, words, idf, K, temperature):
     over the K heaviest v. PAPER: "data-driven": the meaningful tokens of a text. OURS: tf-idf."""
     n, V = len(ids), len(idf)
     row, word = find_words(words, np.concatenate(ids), [len(i) for i in ids])
-    pairs, tf = np.unique(row * V + word, return_counts=True)         # each word of each text once
-    row, word = pairs // V, pairs % V                                                            # (pairs,)
+    pairs, tf = np.unique(row * V + word, return_counts=True)          # each word of each text once
+    row, word = pairs // V, pairs % V                                                             # (pairs,)
     weight = tf * np.maximum(idf[word], 1e-3)
-    order = np.lexsort((word, -weight, row))                          # by text, heaviest first, ties by id
+    order = np.lexsort((word, -weight, row))                           # by text, heaviest first, ties by id
     row, word, weight = row[order], word[order], weight[order]
-    first = np.searchsorted(row, row)                                # the position where its text begins
+    first = np.searchsorted(row, row)                                  # the position where its text begins
     weight, rank = (weight / weight[first]) ** (1 / temperature), np.arange(len(row)) - first
     row, word, weight, rank = (x[rank < K] for x in (row, word, weight, rank))
     indices, probs = np.full((n, K), -1, np.int32), np.zeros((n, K), np.float32)

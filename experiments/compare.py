@@ -147,6 +147,13 @@ def once(read):
     return reading
 
 
+def reader(embedder, folder):
+    """A checkpoint -> function(list of n texts) -> h (n,C), and what its t2t.json says."""
+    made = json.loads((folder / "t2t.json").read_text())
+    embedder.model.to(getattr(torch, made["config"]["dtype"]))         # as it was trained: twice as fast
+    return once(lambda texts: embedder.pooled(embedder.token_ids(texts)).numpy()), made
+
+
 def cosines(read, one, two):
     """As mteb: from the distance of unit vectors, so that two zero vectors are alike and zero and another
     half alike. (tf-idf gives zeros where a text has stop words alone.)"""
@@ -191,11 +198,8 @@ def run(name, seed, tasks, a, baselines, some):
         W = None if name == "tf-idf" else whitening_matrix(torch.from_numpy(read(some))).numpy()
     else:
         here = commit()
-        embedder, folder = train(name, RUNS[name], seed, a)
-        made = json.loads((folder / "t2t.json").read_text())
-        embedder.model.to(getattr(torch, made["config"]["dtype"]))     # as it was trained: twice as fast
+        read, made = reader(*train(name, RUNS[name], seed, a))
         facts = {k: made[k] for k in KEPT if k in made} | {"commit": None if begun else here}
-        read = once(lambda texts: embedder.pooled(embedder.token_ids(texts)).numpy())
         W = whitening_matrix(torch.from_numpy(read(some))).numpy()
     arrays = dict(np.load(file)) if file.exists() else {}
     for how, reading in [("raw", read)] + [("whitened", whitened(read, W))] * (W is not None):
@@ -256,10 +260,7 @@ def tune(a):
         if any((d["name"], d["seed"], d["settings"]) == (name, seed, TRIALS[name]) for d in done):
             continue
         t0, here = time.time(), commit()
-        embedder, folder = train(f"trial {name}", TRIALS[name], seed, a)
-        made = json.loads((folder / "t2t.json").read_text())
-        embedder.model.to(getattr(torch, made["config"]["dtype"]))     # as it was trained: twice as fast
-        read = once(lambda texts: embedder.pooled(embedder.token_ids(texts)).numpy())
+        read, made = reader(*train(f"trial {name}", TRIALS[name], seed, a))
         done.append({"name": name, "seed": seed, "settings": TRIALS[name], "raw": scores(read),
                      "commit": here, **without_folders({k: made[k] for k in KEPT}),
                      "all_seconds": round(time.time() - t0)})

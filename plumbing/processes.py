@@ -32,8 +32,8 @@ def connect(device):
 
 
 def finished(value):
-    """value, when all processes have come here. One that fails before ends without taking leave, else NCCL
-    would wait for the others, and torchrun would not see that it has ended."""
+    """value, when all processes have come here. Only then is the group taken down at exit: NCCL waits for all
+    when it ends, so a process that failed would hang there, and torchrun would not see that it has ended."""
     if WORLD > 1:
         barrier()
         atexit.unregister(dist.destroy_process_group)
@@ -56,7 +56,7 @@ def barrier():
 
 
 def mine(texts):
-    """The share of this process in the texts of a step: every WORLD-th, so all get like lengths."""
+    """The share of this process in the texts, or rows, of a step: every WORLD-th, so all get like lengths."""
     if len(texts) < WORLD:
         raise Error(f"--batch-size and --corpus: expected a text a step for each of {WORLD} processes, got "
                     f"{len(texts)}")
@@ -83,7 +83,7 @@ def everywhere(rows, B):
     if WORLD == 1:
         return rows
     out = rows.new_zeros(B, rows.shape[1])
-    out[RANK::WORLD] = rows
+    mine(out)[:] = rows
     return total(out)
 
 
