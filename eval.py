@@ -124,17 +124,19 @@ def read_bare(folder, path):
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     if (folder / "adapter_config.json").is_file():  # transformers would add it, unasked
         raise Error(f"expected a whole model in {path}, got an adapter too; merge it into the model first")
-    config = AutoConfig.from_pretrained(folder)
+    code = {"trust_remote_code": False}  # else a console is asked to run it
+    config = AutoConfig.from_pretrained(folder, **code)
     kinds = config.architectures or ["no architecture"]
     if not set(kinds) & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()):
         raise Error(f"expected modules.json or a causal LM in {path}, got {kinds[0]}; add its modules.json")
     # transformers draws tensors that the file lacks at random and only warns: such scores mean nothing.
-    if absent := AutoModel.from_pretrained(folder, output_loading_info=True)[1]["missing_keys"]:
+    if absent := AutoModel.from_pretrained(folder, output_loading_info=True, **code)[1]["missing_keys"]:
         raise Error(f"expected all weights in {path}, got no {min(absent)}; copy all of the folder")
     cap = getattr(config.get_text_config(), "max_position_embeddings", None) or BARE_LENGTH
     # text as it is: else sentence-transformers would put it into the chat template of an instruct model
     as_text = {"text": {"method": "forward", "method_output_name": "last_hidden_state"}}
-    reader = Transformer(str(folder), max_seq_length=min(cap, BARE_LENGTH), config_kwargs={"is_causal": True},
+    reader = Transformer(str(folder), max_seq_length=min(cap, BARE_LENGTH), model_kwargs=code,
+                         processor_kwargs=code, config_kwargs={"is_causal": True, **code},
                          modality_config=as_text, module_output_name="token_embeddings")
     if reader.tokenizer.pad_token is None:  # padding is masked out: which token stands there does not matter
         reader.tokenizer.pad_token = reader.tokenizer.eos_token or reader.tokenizer.convert_ids_to_tokens(0)

@@ -23,6 +23,7 @@ from test_targets import TOKENS, FakeTokenizer
 from test_train import config
 from torch.testing import assert_close
 
+import eval as evaluation
 import t2t
 from plumbing import corpus
 from plumbing.cli import Error
@@ -341,6 +342,9 @@ def test_no_code_of_a_folder_runs(checkpoint, tmp_path, capsys):
     for n, change in enumerate(changes):
         change(folder := shutil.copytree(checkpoint, tmp_path / str(n)))
         refused(lambda: Embedder.load(folder))
+        refused(lambda: evaluation.load(str(folder)))
+        (folder / "modules.json").unlink()                            # a bare language model to eval.py
+        refused(lambda: evaluation.load(str(folder)))
     shown = capsys.readouterr()
     assert not ran.exists() and "[y/N]" not in shown.out + shown.err
 
