@@ -96,7 +96,8 @@ from tqdm import tqdm
 
 from build_ext import compiled
 from plumbing import folders, processes
-from plumbing.arguments import check_targets, scatter_targets, settle  # noqa: F401 (re-exported)
+from plumbing.arguments import check_own_targets, check_targets, check_words, settle
+from plumbing.arguments import scatter_targets  # noqa: F401 (re-exported)
 from plumbing.backbones import (add_adapters, check_head, fetched, identity_of, origin, positions,
                                 read_backbone, usable_length)
 from plumbing.baselines import mntp, simcse, token_entropy
@@ -104,8 +105,8 @@ from plumbing.cache import cached, hash_of, source_hash
 from plumbing.corpus import blocks, is_unspaced, tokenize, tokenize_corpus, tokenizer_hash
 
 # --------------------------------------------------------------------------------------------------- 1. words
-# tokenize_corpus turns the corpus into ids, on disk: tokens[n] is text n, (T,). tokens.ids holds all ids, one
-# text after the other; text n begins at tokens.start[n] and has tokens.lengths[n]. Which tokens are words?
+# tokenize_corpus writes the ids of all texts to disk, one text after the other: tokens.ids. Text n, (T,), is
+# tokens[n]; it begins at tokens.start[n] and has tokens.lengths[n]. Which tokens are words?
 
 # OURS: words that carry grammar, not content. Everything subtler is left to idf, which knows the corpus.
 STOP = frozenset("""
@@ -265,7 +266,7 @@ class Targets(NamedTuple):
         return torch.from_numpy(self.indices[rows]), torch.from_numpy(self.probs[rows])
 
 
-def data_targets(ids, words, idf, K, temperature):
+def data_targets(ids, words, idf, K, *, temperature):
     """list of n id arrays -> indices (n,K), probs (n,K): the words *in* the text, by how much they tell.
 
         q_b(v) ∝ (tf_b(v) * idf(v))^(1/temperature),      idf(v) = max(0.001, log(N / df(v)))
@@ -306,7 +307,7 @@ def predict(ids, model, tok):
     return out
 
 
-def model_targets(log_p, usual, words, K, temperature):
+def model_targets(log_p, usual, words, K, *, temperature):
     """log p (n,V), usual (V,) the mean of log p over the corpus -> indices (n,K), probs (n,K): the words that
     the backbone predicts for this text and not for texts in general. They may stand in the text.
 
@@ -315,8 +316,9 @@ def model_targets(log_p, usual, words, K, temperature):
     A word scores the maximum over its variants. PAPER: "model-derived": tokens *beyond* a text. OURS: how."""
     canonical_id = torch.from_numpy(words.canonical_id)
     r = (log_p - usual).masked_fill(canonical_id < 0, -torch.inf)                                    # (n,V)
-    to = canonical_id.clamp_min(0).expand_as(r)
-    r, i = torch.full_like(r, -torch.inf).scatter_reduce_(1, to, r, "amax").topk(K, 1)               # (n,K)
+    to = canonical_id.clamp_min(0).expand_as(r)             # no word: to token 0, whose maximum -inf never is
+    best = torch.full_like(r, -torch.inf).scatter_reduce_(1, to, r, "amax")                          # (n,V)
+    r, i = best.topk(K, 1)                                                                           # (n,K)
     p = F.softmax(r / temperature, 1)
     return i.int().masked_fill(p == 0, -1).numpy(), p.numpy()
 
@@ -329,14 +331,10 @@ def coalesce(indices, probs):
     return torch.full_like(i, -1).scatter_(1, place, i), torch.zeros_like(p).scatter_add_(1, place, p)
 
 
-def method_targets(config, tokens, words, model, tok):
+def method_targets(config, tokens, words, *, model, tok):
     """-> the function of --method: list of n id arrays -> indices (n,K), probs (n,K)."""
-    K, temperature, V = config.top_k, config.temperature, len(words.canonical_id)
-    if K > V:
-        raise Error(f"--top-k: expected at most the size of the vocabulary, {V}, got {K}")
-    if (words.canonical_id < 0).all():
-        raise Error("--backbone: expected a tokenizer that marks the beginning of a word by a space, got "
-                    f"{type(tok).__name__} of {config.backbone}, in which no token is a whole word")
+    K, temperature = config.top_k, config.temperature
+    check_words(words, config, tok)
     if config.method in ("data", "both"):
         idf = np.log(len(tokens) / np.maximum(1, document_frequency(tokens, words)))
     if config.method in ("model", "both"):
@@ -344,22 +342,21 @@ def method_targets(config, tokens, words, model, tok):
         parts = blocks(tqdm(sample, "usual"), 64)
         usual = sum(predict(part, model, tok).sum(0) for part in parts) / len(sample)                 # (V,)
     if config.method == "data":
-        return lambda ids: data_targets(ids, words, idf, K, temperature)
+        return lambda ids: data_targets(ids, words, idf, K, temperature=temperature)
     if config.method == "model":
-        return lambda ids: model_targets(predict(ids, model, tok), usual, words, K, temperature)
+        return lambda ids: model_targets(predict(ids, model, tok), usual, words, K, temperature=temperature)
 
     def both(ids):
-        # OURS: an even mixture, K/2 tokens from each side; a token on both sides has both weights
-        sides = (data_targets(ids, words, idf, K - K // 2, temperature),
-                 model_targets(predict(ids, model, tok), usual, words, K // 2, temperature))
+        # OURS: an even mixture, K/2 tokens a side (a text without words: the model's alone); both weights add
+        sides = (data_targets(ids, words, idf, K - K // 2, temperature=temperature),
+                 model_targets(predict(ids, model, tok), usual, words, K // 2, temperature=temperature))
         i, p = (torch.from_numpy(np.concatenate(x, 1)) for x in zip(*sides))
         return [x.numpy() for x in coalesce(i, p / p.sum(1, keepdim=True).clamp_min(1e-30))]
     return both
 
 
-def build_targets(config, tokens, words, model, tok, target_fn=None):
-    """-> Targets, made once and kept on disk. `model` is the backbone, frozen and causal; target_fn: an
-    experiment's own function, list of n id arrays -> indices (n,k), probs (n,k)."""
+def build_targets(config, tokens, words, *, model, tok, target_fn=None):
+    """-> Targets, made once, kept on disk. model: the backbone, frozen and causal; target_fn: see `train`."""
     N, V, K = len(tokens), len(words.canonical_id), config.top_k
     # a bucket of 16 batches is sorted by length (bucketed_batch), so a run that ends inside one may read any
     # text of it; beyond one epoch, all texts are read
@@ -367,19 +364,18 @@ def build_targets(config, tokens, words, model, tok, target_fn=None):
     texts = np.sort(epoch_permutation(config.seed, 0, N)[:n])
 
     def write(folder):
-        make = target_fn or method_targets(config, tokens, words, model, tok)
+        make = target_fn or method_targets(config, tokens, words, model=model, tok=tok)
         indices = np.lib.format.open_memmap(folder / "indices.npy", "w+", np.int32, (len(texts), K))
         probs = np.lib.format.open_memmap(folder / "probs.npy", "w+", np.float32, (len(texts), K))
         indices[:], probs[:] = -1, 0
         mean, negative_entropy, valid = np.zeros(V), 0.0, 0
         with tqdm(total=len(texts), desc="targets", unit=" texts") as bar:
             for rows in blocks(range(len(texts)), 256):
-                i, p = make([tokens[t] for t in texts[rows]])                                        # (n,k)
-                if i.shape[1] > K:
-                    raise Error(f"targets: expected at most top_k = {K} tokens a text, got {i.shape[1]}")
+                i, p = map(np.asarray, make([tokens[t] for t in texts[rows]]))                       # (n,k)
+                if target_fn:                                          # may name a token twice
+                    check_own_targets(i, p, K, V)
+                    i, p = (x.numpy() for x in coalesce(*map(torch.from_numpy, (i, p))))
                 i, p = np.where(p > 0, i, -1), np.where(i >= 0, p, 0)  # target_loss counts rows with an index
-                if target_fn:                                     # a user's may name a token twice
-                    i, p = (x.numpy() for x in coalesce(torch.from_numpy(i), torch.from_numpy(p)))
                 indices[rows, :i.shape[1]], probs[rows, :i.shape[1]] = i, p
                 mean += np.bincount(i[i >= 0], p[i >= 0], V)
                 negative_entropy += (p * np.log(np.maximum(p, 1e-30))).sum(dtype=np.float64)
@@ -406,15 +402,17 @@ def build_targets(config, tokens, words, model, tok, target_fn=None):
                           find_words, document_frequency, epoch_permutation.__wrapped__, Head, head, pad,
                           hidden_states, pool, blocks, positions, coalesce, data_targets, predict,
                           model_targets, method_targets, build_targets)
-    of_model = config.method != "data" and (str(model.dtype), identity_of(config.backbone), config.seed)
+    of_model = config.method != "data" and (str(model.dtype), identity_of(config.backbone), config.seed,
+                                            folders.versions())
     return load(cached("targets", hash_of(made_by, tokens.folder.name, config.method, K, config.temperature,
                                           texts.tolist(), of_model), write))
 
 
-def show_targets(config, tokens, words, tok, target_fn):
-    """--show-targets: the first texts of the first epoch, and the q of each."""
+def show_targets(config, tokens, words, *, model, tok, target_fn=None):
+    """--show-targets: a random sample of the texts, and the q of each."""
     some = [tokens[n] for n in epoch_permutation(config.seed, 0, len(tokens))[:config.show_targets]]
-    for text, indices, probs in zip(some, *target_fn(some)):
+    make = target_fn or method_targets(config, tokens, words, model=model, tok=tok)
+    for text, indices, probs in zip(some, *make(some)):
         best = sorted(((p, words.spelling[v]) for v, p in zip(indices, probs) if v >= 0), reverse=True)
         print(f"\n{tok.decode(text.tolist(), skip_special_tokens=True).strip()}\n    "
               f"{'  '.join(f'{t} {p:.3f}' for p, t in best) or '(no target)'}")
@@ -481,7 +479,7 @@ def reduce(loss, valid, reduction):
     return loss.sum() / (valid.sum().clamp_min(1) if reduction == "mean" else 1)
 
 
-def target_loss(batch, forward, H, scale, indices, probs, impl):
+def target_loss(batch, forward, H, scale, *, indices, probs, impl):
     """The loss of a batch, over the texts that have targets:
 
         L = mean_b KL(q_b || softmax(H(s h_b)))
@@ -499,7 +497,7 @@ def target_loss(batch, forward, H, scale, indices, probs, impl):
 class Embedder:
     """A model in use. s (`scale`) stands before the head; mean (C,) of h over the corpus is subtracted for
     sparse vectors."""
-    SPARSE_K = 256             # OURS: tokens of a sparse vector; with 64, SciFact train is 8 points lower
+    SPARSE_K = 256             # OURS: tokens of a sparse vector; with 64, SciFact is 5 points lower
 
     def __init__(self, model, tok, pooling="mean", max_length=256, scale=1.0, mean=None):
         self.model, self.tok, self.pooling, self.max_length = model, tok, pooling, max_length
@@ -568,8 +566,8 @@ class Embedder:
 
             y = top_k(max(0, U (h - m))) / |...|          U: the weight of the head, m: mean of h over texts
 
-        The vectors of SparseEncoder(folder/sparse). OURS: the abstract has no sparse vectors. Tokens that
-        every text lights up do not tell texts apart, so m is subtracted."""
+        For a few texts; SparseEncoder(folder/sparse) gives the same for many. OURS: the abstract has no
+        sparse vectors. Tokens that every text lights up do not tell texts apart, so m is subtracted."""
         h, H = self.pooled(self.token_ids(texts)), head(self.model)                                 # (N,C)
         with torch.no_grad():
             centred = h if self.mean is None else h - self.mean
@@ -588,7 +586,7 @@ class Embedder:
 
 
 # ------------------------------------------------------------------------------------------------ 6. training
-def bucketed_batch(step, seed, lengths, B, bucket=BUCKET):
+def bucketed_batch(step, seed, lengths, B, *, bucket=BUCKET):
     """-> (B,) the numbers of the texts of a step. It needs no earlier step: a resumed run keeps the order.
 
     An epoch is a permutation of the texts; its last, incomplete batch is dropped. Within each bucket of 16
@@ -631,7 +629,7 @@ def measure_scale(h, H, indices, probs):
     """h (N,C) before training, Head, targets (N,K) -> s, with which the loss is least.
 
     OURS: s is an inverse temperature of the softmax. States and head rows differ in length from model to
-    model, so s is measured (SmolLM2: 0.8); no other setting depends on a model's norms."""
+    model, so s is measured (SmolLM2: 0.8)."""
     losses = [vocab_kl(H(s * h), indices, probs, impl="torch", check=False).item() for s in SCALES]
     return SCALES[int(np.argmin(losses))]
 
@@ -642,10 +640,11 @@ def fit(model, embedder, config, *, out, tokens, q, on_step):
     core, tok, device = embedder.model, embedder.tok, config.device
     H, B, lengths = head(core), min(config.batch_size, len(tokens)), tokens.lengths
     params = [p for p in model.parameters() if p.requires_grad]
-    contrasts = config.method == "simcse"      # compares the texts of a batch, so they are of any length
-    # the loss of the best prediction that ignores the text
+    contrasts = config.method == "simcse"  # with texts of its batch, which shall differ in length, too
+    # the loss of the best prediction that ignores the text (simcse: any of the batch; mntp: frequencies)
     constant_loss = q.marginal_kl if q else math.log(B) if contrasts else token_entropy(tokens, tok)
-    data = {"texts of the corpus": tokens.hash, "the best constant loss": round(constant_loss, 3)}
+    same = folders.identity(config) | {"texts of the corpus": tokens.hash,       # when --resume goes on
+                                       "the loss that ignores the text": round(constant_loss, 3)}
 
     def forward(ids, mask):                                            # (b,T), (b,T) -> x (b,T,C), h (b,C)
         # else peft casts the inputs of adapters to float32 and autocast casts them back: a quarter slower
@@ -655,12 +654,12 @@ def fit(model, embedder, config, *, out, tokens, q, on_step):
         return x, pool(x, mask, config.pooling)
 
     optimizer = torch.optim.AdamW(params, lr=config.lr, betas=(0.9, 0.98), weight_decay=0.01)
-    run = folders.load_state(out, config, model, optimizer, data)
+    run = folders.load_state(out, same, model, optimizer, resume=config.resume)
     if run is None:
         run = {"step": 0, "seconds": 0.0, "scale": 1.0, "losses": []}
         if q:
             some = epoch_permutation(config.seed, 0, len(tokens))[:min(16384, len(q.texts))]
-            some = some[(q.of(some)[0] >= 0).any(1).numpy()][:128]              # (n,) texts that have targets
+            some = some[(q.of(some)[0] >= 0).any(1).numpy()][:128]    # OURS: (n,) texts that have targets
             h = embedder.pooled([tokens[n] for n in some], config.micro_batch).to(device)            # (n,C)
             run["scale"] = processes.same(measure_scale(h, H, *(a.to(device) for a in q.of(some))))
     embedder.scale, resumed, earlier, started = run["scale"], run["step"], run["seconds"], time.time()
@@ -674,7 +673,7 @@ def fit(model, embedder, config, *, out, tokens, q, on_step):
         while run["step"] < config.steps:
             # ------------------------------------------------------------------------------ BEGIN: one step
             torch.manual_seed(config.seed * 1_000_003 + run["step"] + RANK * 10**9)      # no state to save
-            texts = bucketed_batch(run["step"], config.seed, lengths, B, 1 if contrasts else BUCKET)  # (B,)
+            texts = bucketed_batch(run["step"], config.seed, lengths, B, bucket=1 if contrasts else BUCKET)
             texts = processes.mine(texts)               # (b,) by torchrun: the share of this process
             at_once = config.micro_batch * config.max_length // max(1, lengths[texts].max())
             batch = [pad([tokens[n] for n in part], tok.pad_token_id, device)
@@ -685,7 +684,8 @@ def fit(model, embedder, config, *, out, tokens, q, on_step):
                 losses = mntp(batch, forward, H, tok)
             else:
                 indices, probs = (a.to(device) for a in q.of(texts))                                 # (b,K)
-                losses = target_loss(batch, forward, H, embedder.scale, indices, probs, config.impl)
+                losses = target_loss(batch, forward, H, embedder.scale, indices=indices, probs=probs,
+                                     impl=config.impl)
             loss = 0.0
             for part in losses:                           # one for each micro-batch (simcse: one)
                 part.backward()
@@ -713,7 +713,7 @@ def fit(model, embedder, config, *, out, tokens, q, on_step):
             if on_step and not RANK:
                 on_step(run["step"], embedder)
             if stop or run["step"] == config.steps or run["step"] % config.save_every == 0:
-                folders.save_state(out, config, model, optimizer, run, data)
+                folders.save_state(out, same, model, optimizer, run=run)
             if stop and run["step"] < config.steps:
                 raise KeyboardInterrupt(f"stopped after step {run['step']}: the same command with --resume "
                                         "goes on")
@@ -741,7 +741,8 @@ def finish(out, embedder, config, *, before, began, loss=None, **facts):
 def train(config, targets=None, on_step=None):
     """Train, write the checkpoint to config.out, return its path (None with show_targets). For experiments:
 
-    targets: function(list of n id arrays) -> indices (n,k), probs (n,k), k <= top_k, instead of the method's
+    targets: function(list of n id arrays) -> indices (n,k), probs (n,k), k <= top_k, in place of the
+             method's; rows of probs sum to 1, or to 0: no target
     on_step: function(step, embedder), called after every step"""
     began, asked = time.time(), checked(config)
     config = settle(asked)
@@ -759,9 +760,9 @@ def train(config, targets=None, on_step=None):
         words = read_vocabulary(tok, V)
         tokens = tokenize_corpus(config.corpus, tok, config.max_length) if trains else None
         if config.show_targets:
-            return show_targets(config, tokens, words, tok,
-                                targets or method_targets(config, tokens, words, model, tok))
-        q = build_targets(config, tokens, words, model, tok, targets) if config.method in TARGETS else None
+            return show_targets(config, tokens, words, model=model, tok=tok, target_fn=targets)
+        q = (build_targets(config, tokens, words, model=model, tok=tok, target_fn=targets)
+             if config.method in TARGETS else None)
     before = Embedder(model, tok, config.pooling, length_in_use).top_tokens(EXAMPLES, 8)
 
     # ---- the embedder: loaded again, with --attention; weights that learn are float32
@@ -782,7 +783,7 @@ def train(config, targets=None, on_step=None):
         embedder.mean = embedder.pooled(sample).mean(0)                                              # (C,)
     if RANK:                                                           # the first process writes
         return processes.finished(config.out)
-    if lora:                                                       # merged into the backbone in float32
+    if lora:            # merged into the backbone in float32: the copy that trained was rounded to dtype
         learned = {name: p.detach().cpu() for name, p in model.named_parameters() if p.requires_grad}
         model = embedder.model = None
         whole = make_trainable(load_backbone(start, config.attention)[0], config.lora_rank, config.seed)

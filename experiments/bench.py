@@ -291,7 +291,7 @@ def step_table(column, model, B, micro, T, device, budget, impls=("ext", "torch"
 
     def step(impl):
         states.clear()
-        for L in t2t.target_loss(batch, forward, H, 1.0, case.i, case.p, impl):
+        for L in t2t.target_loss(batch, forward, H, 1.0, indices=case.i, probs=case.p, impl=impl):
             L.backward()
         torch.nn.utils.clip_grad_norm_(params, 1.0).item()
         optimizer.step()
@@ -299,7 +299,8 @@ def step_table(column, model, B, micro, T, device, budget, impls=("ext", "torch"
 
     def head(impl):
         given, total = iter(list(states)), 0
-        for L in t2t.target_loss(batch, lambda *_: (None, next(given)), H, 1.0, case.i, case.p, impl):
+        for L in t2t.target_loss(batch, lambda *_: (None, next(given)), H, 1.0, indices=case.i,
+                                 probs=case.p, impl=impl):
             L.backward()
             total += L.item()
         return total

@@ -52,7 +52,7 @@ def measure(N, file, folder):
     config = t2t.Config(method="data", steps=-(-N // t2t.Config.batch_size))   # all texts
     tokens = t2t.tokenize_corpus(str(file), tok, config.max_length)
     times.append(time.perf_counter())
-    q = t2t.build_targets(config, tokens, words, None, tok)
+    q = t2t.build_targets(config, tokens, words, model=None, tok=tok)
     times.append(time.perf_counter())
     assert len(q.texts) == N
     cache = Path(os.environ["T2T_CACHE"])

@@ -3,6 +3,7 @@ training does not need."""
 import math
 from dataclasses import replace
 
+import numpy as np
 import torch
 
 from build_ext import choose, compiled
@@ -32,6 +33,29 @@ def settle(config):
         impl = "torch"
     return replace(config, device=device, dtype=dtype, impl=choose(impl, device) if targets else "torch",
                    lr=DEFAULT_LR[config.method] if config.lr is None else config.lr)
+
+
+def check_words(words, config, tok):
+    V = len(words.canonical_id)
+    if config.top_k > V:
+        raise Error(f"--top-k: expected at most the size of the vocabulary, {V}, got {config.top_k}")
+    if (words.canonical_id < 0).all():
+        raise Error("--backbone: expected a tokenizer that marks the beginning of a word by a space, got "
+                    f"{type(tok).__name__} of {config.backbone}, in which no token is a whole word")
+
+
+def check_own_targets(indices, probs, K, V):
+    """Targets of a user's function, in numpy: one line that says what was expected."""
+    got = f"{indices.dtype} {indices.shape}, {probs.dtype} {probs.shape}"
+    if not (indices.ndim == 2 and indices.shape == probs.shape and indices.shape[1] <= K
+            and np.issubdtype(indices.dtype, np.integer) and np.issubdtype(probs.dtype, np.floating)):
+        raise Error(f"targets: expected indices (n,k), k <= top_k = {K}, and probs (n,k), got {got}")
+    if ((indices < -1) | (indices >= V)).any():
+        raise Error(f"targets: expected indices from -1 to {V - 1}, got {indices.min()} to {indices.max()}")
+    sums = np.where(indices >= 0, probs, 0).sum(1)
+    if not ((probs >= 0).all() and (np.isclose(sums, 1, atol=1e-3) | (sums == 0)).all()):
+        raise Error("targets: expected probs that are not negative, with a sum of 1 a row, or 0 (no target), "
+                    f"got sums from {sums.min():g} to {sums.max():g}")
 
 
 def check_targets(name, rows, V, indices, probs, reduction, impl, check):

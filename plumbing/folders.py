@@ -70,20 +70,21 @@ def aside_of(out):
     return out.with_name(f".{out.name}.t2t-old")
 
 
-def identity(config, data):
-    """What a resumed run must share with the one that was interrupted."""
+def identity(config):
+    """What a resumed run must share with the one that was interrupted, as far as the settings decide it."""
     free = ("resume", "overwrite", "save_every", "out", "micro_batch", "prompt")
     used = {k: v for k, v in dataclasses.asdict(config).items() if k not in free}
-    return used | data | {"weights of the backbone": identity_of(config.backbone),
-                          "weights of --init": identity_of(config.init) if config.init else None}
+    return used | {"weights of the backbone": identity_of(config.backbone),
+                   "weights of --init": identity_of(config.init) if config.init else None}
 
 
-def save_state(out, config, model, optimizer, run, data):
-    """`run`: the step, the scale and what has been counted. Of several processes the first writes."""
+def save_state(out, same, model, optimizer, *, run):
+    """same: what --resume must find unchanged; run: the step, the scale and what has been counted. Of several
+    processes the first writes."""
     if RANK:
         return processes.barrier()
     file = out / "state" / "last.pt"
-    state = {"identity": identity(config, data), "run": run, "optimizer": optimizer.state_dict(),
+    state = {"identity": same, "run": run, "optimizer": optimizer.state_dict(),
              "weights": {n: p for n, p in model.named_parameters() if p.requires_grad}}
     with writing(out, Path(f"{file}.new")) as new, open(new, "wb") as stream:    # torch may not know its name
         torch.save(state, stream)
@@ -109,11 +110,11 @@ def open_log(out, mode):
     return open(os.devnull if RANK else out / "state" / "log.jsonl", mode)
 
 
-def load_state(out, config, model, optimizer, data):
+def load_state(out, same, model, optimizer, *, resume):
     """Put the run back where save_state left it -> run, or None if there is no state. Error if a setting, the
     corpus or the backbone has changed."""
     file = out / "state" / "last.pt"
-    if not config.resume:
+    if not resume:
         file.unlink(missing_ok=True)
     begun = file.exists()
     if processes.same(begun) != begun:
@@ -126,9 +127,8 @@ def load_state(out, config, model, optimizer, data):
     except Exception as e:                                        # torch has many types for a damaged file
         raise Error(f"--resume: expected the state of a run, but {file} is damaged ({why(e)[:80]}): pass "
                     "--overwrite to start again") from None
-    now = identity(config, data)
-    changed = [f"{flag(k) if k in was and hasattr(config, k) else k} {v} (was {was.get(k)})"
-               for k, v in now.items() if v != was.get(k)]
+    changed = [f"{flag(k) if k.isidentifier() else k} {v} (was {was.get(k)})"
+               for k, v in same.items() if v != was.get(k)]
     if changed:
         raise Error(f"--resume: expected what the interrupted run had, got {', '.join(changed)}")
     with torch.no_grad():

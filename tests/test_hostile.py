@@ -172,7 +172,7 @@ COOL = st.sampled_from([1e-6, 0.3, 1.0, 100.0])
 @given(st.lists(st.lists(st.integers(0, 22), max_size=12), min_size=1, max_size=4),
        arrays(np.float64, 24, elements=st.floats(0, 20)), st.integers(1, 6), COOL)
 def test_data_targets_are_distributions(ids, idf, K, temperature):
-    i, p = data_targets([np.array(row, np.uint32) for row in ids], WORDS, idf, K, temperature)
+    i, p = data_targets([np.array(row, np.uint32) for row in ids], WORDS, idf, K, temperature=temperature)
     proper(i, p, K)
     words = [set(WORDS.canonical_id[row]) - {-1} for row in ids]
     assert all(set(own[own >= 0]) <= all_of_text for own, all_of_text in zip(i, words))
@@ -182,7 +182,7 @@ def test_data_targets_are_distributions(ids, idf, K, temperature):
 @given(arrays(np.float32, (3, 24), elements=st.floats(-1e4, 0, width=32)), st.integers(1, 24), COOL)
 def test_model_targets_are_distributions(log_p, K, temperature):
     log_p = torch.from_numpy(log_p)
-    i, p = model_targets(log_p, log_p.mean(0), WORDS, K, temperature)
+    i, p = model_targets(log_p, log_p.mean(0), WORDS, K, temperature=temperature)
     proper(i, p, K)
     assert (i >= 0).any(1).all()
 

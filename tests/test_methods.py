@@ -188,7 +188,8 @@ def test_target_loss_is_its_equation():
 
         def forward(part, m):
             return part, (part * m[..., None]).sum(1) / m.sum(1, keepdim=True)
-        parts = list(t2t.target_loss(batch, forward, H, s, indices, probs.double(), "torch"))
+        parts = list(t2t.target_loss(batch, forward, H, s, indices=indices, probs=probs.double(),
+                                     impl="torch"))
         assert len(parts) == len(cut)
         assert_close(sum(parts), kl)
 
@@ -256,7 +257,7 @@ def test_targets_only_of_texts_that_are_seen(backbone, texts_file, tmp_path, mon
     """Targets are made for the first buckets of the first epoch alone: 128 of 400 texts, two buckets of 16
     batches of 4."""
     made, build = [], t2t.build_targets
-    monkeypatch.setattr(t2t, "build_targets", lambda *a: made.append(build(*a)) or made[-1])
+    monkeypatch.setattr(t2t, "build_targets", lambda *a, **k: made.append(build(*a, **k)) or made[-1])
     train(config(backbone, texts_file, tmp_path / "a", method="model", steps=18, batch_size=4))
     assert len(made[0].texts) == len(made[0].indices) == 2 * 16 * 4 and (made[0].indices >= 0).any(1).all()
     lengths = t2t.tokenize_corpus(str(texts_file), t2t.load_backbone(str(backbone), "causal")[1], 64).lengths

@@ -101,7 +101,8 @@ def test_a_tokenizer_without_spaces_is_named():
     """Pieces of WordPiece: a beginning has no mark, so nothing is a whole word."""
     words = read_vocabulary(FakeTokenizer(["<s>", "dog", "##s", "house"], "\u0120"), 4)
     with pytest.raises(Error, match="--backbone: expected a tokenizer that marks .* FakeTokenizer"):
-        method_targets(Config(method="data", top_k=2), [], words, None, FakeTokenizer([], ""))
+        method_targets(Config(method="data", top_k=2), [], words, model=None,
+                       tok=FakeTokenizer([], ""))
 
 
 def test_split_words_count_once():
@@ -118,13 +119,13 @@ def test_data_targets_by_hand():
     rows = [np.array([0, 1, 2, 5, 13]), np.array([5, 6]), np.array([20])]
     idf = np.zeros(23)
     idf[[1, 13, 20]] = math.log(2), math.log(8), 1.0
-    i, p = data_targets(rows, words, idf, 4, 1.0)
+    i, p = data_targets(rows, words, idf, 4, temperature=1.0)
     assert i.tolist() == [[13, 1, -1, -1], [-1] * 4, [20, -1, -1, -1]]
     # two dogs of idf ln 2 against one cat of idf ln 8 = 3 ln 2: weights 2 and 3
     np.testing.assert_allclose(p, [[0.6, 0.4, 0, 0], [0] * 4, [1, 0, 0, 0]], rtol=1e-6)
-    i, p = data_targets(rows, words, idf, 4, 0.5)                    # (3/2)^2 = 9/4
+    i, p = data_targets(rows, words, idf, 4, temperature=0.5)                    # (3/2)^2 = 9/4
     np.testing.assert_allclose(p[0], [9 / 13, 4 / 13, 0, 0], rtol=1e-6)
-    i, p = data_targets(rows, words, idf, 1, 1.0)              # K = 1 keeps the heavier and all of the mass
+    i, p = data_targets(rows, words, idf, 1, temperature=1.0)      # K = 1 keeps the heavier, with all mass
     assert i.tolist() == [[13], [-1], [20]] and p[0, 0] == 1
 
 
@@ -144,7 +145,7 @@ def test_constant_is_the_loss_of_the_best_constant_prediction(tmp_path, monkeypa
     monkeypatch.setenv("T2T_CACHE", str(tmp_path))
     words = read_vocabulary(FakeTokenizer(TOKENS, "\u0120"), 23)
     rows = [np.array([1, 13]), np.array([1]), np.array([20]), np.array([5])]
-    q = build_targets(Config(method="data", top_k=3), corpus_of(rows, tmp_path), words, None, None)
+    q = build_targets(Config(method="data", top_k=3), corpus_of(rows, tmp_path), words, model=None, tok=None)
     i, p = torch.from_numpy(np.array(q.indices)).long(), torch.from_numpy(np.array(q.probs)).double()
     dense = torch.zeros(4, 24, dtype=torch.float64).scatter_add_(1, i.where(i >= 0, 23), p)[:3, :23]
     z = torch.zeros(23, dtype=torch.float64, requires_grad=True)  # minimise over constant logits: the oracle
@@ -165,14 +166,14 @@ def test_targets_from_a_real_tokenizer(tok, texts_file, backbone):
     config = Config(backbone=str(backbone), corpus=str(texts_file), method="data", top_k=16)
     words = read_vocabulary(tok, len(tok))
     tokens = tokenize_corpus(config.corpus, tok, 128)
-    q = build_targets(config, tokens, words, None, tok)
+    q = build_targets(config, tokens, words, model=None, tok=tok)
     assert len(q.indices) == 400
     sums = q.probs.sum(1)
     np.testing.assert_allclose(sums, np.ones(400), rtol=1e-5)        # every sentence has an animal
     text = tok.decode(tokens[7].tolist())
     inside = set(text.lower().replace(",", " ").replace(".", " ").split())
     assert {words.spelling[v] for v in q.indices[7] if v >= 0} <= inside
-    again = build_targets(config, tokens, words, None, tok)          # from disk
+    again = build_targets(config, tokens, words, model=None, tok=tok)          # from disk
     np.testing.assert_array_equal(q.indices, again.indices)
 
 
@@ -181,7 +182,7 @@ def test_truncation_is_what_the_model_sees(tok, texts_file):
     tokens = tokenize_corpus(str(texts_file), tok, 4)
     assert np.diff(tokens.start).max() == 4
     config = Config(corpus=str(texts_file), method="data", max_length=4, top_k=8)
-    q = build_targets(config, tokens, words, None, tok)
+    q = build_targets(config, tokens, words, model=None, tok=tok)
     for n in (0, 5, 9):
         seen = set(words.canonical_id[tokens[n]])
         assert {v for v in q.indices[n] if v >= 0} <= seen
@@ -194,7 +195,7 @@ def test_model_targets_are_special_to_the_text(tok, texts_file, backbone, method
     model, _ = t2t.load_backbone(str(backbone), "causal")
     words = read_vocabulary(tok, len(tok))
     tokens = tokenize_corpus(config.corpus, tok, 128)
-    q = build_targets(config, tokens, words, model, tok)
+    q = build_targets(config, tokens, words, model=model, tok=tok)
     np.testing.assert_allclose(q.probs.sum(1), 1, rtol=1e-5)
     own = q.indices[q.indices >= 0]
     assert (words.canonical_id[own] == own).all()                           # canonical words only
@@ -218,14 +219,14 @@ def test_no_text_with_a_target(tok, tmp_path):
     words = read_vocabulary(tok, len(tok))
     tokens = tokenize_corpus(str(tmp_path / "a.txt"), tok, 128)
     with pytest.raises(Error, match="no text has a single target token"):
-        build_targets(Config(method="data", top_k=4), tokens, words, None, tok)
+        build_targets(Config(method="data", top_k=4), tokens, words, model=None, tok=tok)
 
 
 def test_top_k_above_the_vocabulary(tok, texts_file):
     words = read_vocabulary(tok, len(tok))
     tokens = tokenize_corpus(str(texts_file), tok, 128)
     with pytest.raises(Error, match="--top-k: expected at most the size of the vocabulary, 500, got 501"):
-        build_targets(Config(method="data", top_k=501), tokens, words, None, tok)
+        build_targets(Config(method="data", top_k=501), tokens, words, model=None, tok=tok)
 
 
 @pytest.mark.parametrize("K", [1, 2, 3])
@@ -235,7 +236,7 @@ def test_few_targets_from_both_sides(tok, texts_file, backbone, K):
     words, tokens = read_vocabulary(tok, len(tok)), tokenize_corpus(str(texts_file), tok, 64)
     config = Config(backbone=str(backbone), corpus=str(texts_file), method="both", top_k=K, steps=1,
                     batch_size=4)
-    q = build_targets(config, tokens, words, model, tok)
+    q = build_targets(config, tokens, words, model=model, tok=tok)
     np.testing.assert_allclose(q.probs.sum(1), 1, rtol=1e-5)
     assert ((q.indices >= 0).sum(1) <= K).all() and (q.indices[:, 0] >= 0).all()
 
@@ -245,7 +246,7 @@ def test_targets_are_found_by_another_process(backbone, texts_file, tmp_path):
     code = ("import sys, t2t\n"
             "c = t2t.Config(backbone=sys.argv[1], corpus=sys.argv[2], method='data', top_k=4)\n"
             "m, tok = t2t.load_backbone(c.backbone, 'causal'); w = t2t.read_vocabulary(tok, len(tok))\n"
-            "t2t.build_targets(c, t2t.tokenize_corpus(c.corpus, tok, 64), w, m, tok)")
+            "t2t.build_targets(c, t2t.tokenize_corpus(c.corpus, tok, 64), w, model=m, tok=tok)")
     for seed in ("1", "2"):
         subprocess.run([sys.executable, "-c", code, str(backbone), str(texts_file)], check=True,
                        cwd=Path(t2t.__file__).parent,

@@ -128,8 +128,18 @@ def test_a_token_that_own_targets_name_twice_counts_once(backbone, texts_file, t
 def test_own_targets_may_not_be_wider_than_k(backbone, texts_file, tmp_path):
     wide = lambda rows: (np.tile(np.arange(9, dtype=np.int32), (len(rows), 1)),
                          np.ones((len(rows), 9), np.float32))
-    with pytest.raises(Error, match="at most top_k = 8 tokens a text, got 9"):
+    with pytest.raises(Error, match=r"k <= top_k = 8, and probs \(n,k\), got int32 \(\d+, 9\)"):
         train(config(backbone, texts_file, tmp_path / "a", top_k=8), targets=wide)
+
+
+@pytest.mark.parametrize("index, p, says", [
+    (7, [0.5], "a sum of 1 a row"), (7, [math.nan], "a sum of 1 a row"), (7, [1.5, -0.5], "not negative"),
+    (500, [1.0], "indices from -1 to 499, got 500"), (-2, [1.0], "indices from -1 to 499, got -2"),
+    (7.0, [1.0], "got float64")])
+def test_own_targets_are_checked(index, p, says, backbone, texts_file, tmp_path):
+    wrong = lambda rows: (np.full((len(rows), len(p)), index), np.tile(p, (len(rows), 1)))
+    with pytest.raises(Error, match=f"targets: expected .*{says}"):
+        train(config(backbone, texts_file, tmp_path / "a", top_k=8), targets=wrong)
 
 
 def test_own_targets_are_resumed_with_the_same_function_alone(backbone, texts_file, tmp_path):
@@ -143,7 +153,7 @@ def test_own_targets_are_resumed_with_the_same_function_alone(backbone, texts_fi
             raise Stop
     with pytest.raises(Stop):
         train(config(backbone, texts_file, tmp_path / "part"), targets=even, on_step=crash)
-    with pytest.raises(Error, match="the best constant loss"):
+    with pytest.raises(Error, match="the loss that ignores the text"):
         train(config(backbone, texts_file, tmp_path / "part", resume=True))
     part = train(config(backbone, texts_file, tmp_path / "part", resume=True), targets=even)
     assert_close(weights(part), weights(whole), rtol=0, atol=0)
