@@ -15,7 +15,6 @@ which an untrained model lights up for every text: `key` asks the same of the wo
 """
 import argparse
 import json
-import shutil
 import sys
 from itertools import islice
 from pathlib import Path
@@ -209,9 +208,9 @@ def analyze(ckpt, texts=(), corpus=None):
         raise Error(f"expected a t2t.json of this version in {ckpt}, got another ({e})") from None
     after = t2t.Embedder.load(ckpt)
     model, tok = t2t.load_backbone(config.backbone, "causal")
-    before = t2t.Embedder(model, tok, config.pooling, config.max_length, after.scale)
+    before = t2t.Embedder(model, tok, config.pooling, after.max_length, after.scale)
     model = t2t.load_backbone(config.init or config.backbone, config.attention)[0]
-    start = t2t.Embedder(model, tok, config.pooling, config.max_length, after.scale)
+    start = t2t.Embedder(model, tok, config.pooling, after.max_length, after.scale)
     stages = {"before": before, "start": start, "after": after}
 
     for text, old, new in zip(texts, before.top_tokens(texts), after.top_tokens(texts)):
@@ -268,13 +267,10 @@ def main(argv):
     p.add_argument("ckpt", metavar="CKPT", help="folder that t2t.py wrote")
     p.add_argument("texts", metavar="TEXT", nargs="*", help="texts to show (default: four examples)")
     p.add_argument("--corpus", help="texts to measure on (default: those of the checkpoint)")
-    p.add_argument("--publish", action="store_true", help="copy the picture to results/, for README")
     p.error = lambda message: (print(f"analyze.py: error: {message}", file=sys.stderr), sys.exit(2))
     a = p.parse_args(argv)
     try:
         analyze(a.ckpt, a.texts or t2t.EXAMPLES, a.corpus)
-        if a.publish:
-            shutil.copy(Path(a.ckpt, "analysis.png"), Path(__file__).parent.parent / "results")
     except Error as e:
         p.error(str(e))
     except OSError as e:

@@ -178,7 +178,7 @@ def score(read, tasks):
     return {k: round(float(v), 2) for k, v in scores.items()}, items
 
 
-def run(name, seed, tasks, a, baselines, some):
+def run(name, seed, tasks, a, *, baselines, some):
     """Train and score one run, unless it stands in --runs; write it there."""
     file = place(name, seed, a).with_suffix(".npz")
     same = {"settings": RUNS.get(name), "corpus": Path(a.corpus).name, "texts": a.texts,
@@ -404,8 +404,12 @@ def interval(values):
 
 
 def report(a):
-    """results/compare-CORPUS-TEXTS.json and .md from all that stands in --runs"""
+    """compare-CORPUS-TEXTS.json and .md from all that stands in --runs; rows and claims of other methods that
+    were published before stay"""
     runs, order = {}, [*NAMES, *RUNS]
+    published = ROOT / "results" / f"compare-{Path(a.corpus).stem}-{a.texts}.json"
+    keep = a.publish and published.exists()
+    old = json.loads(published.read_text()) if keep else {"rows": {}, "claims": []}
     for file in sorted(Path(a.runs).glob("*.npz")):
         arrays = dict(np.load(file))
         runs.setdefault((facts := json.loads(str(arrays.pop("facts"))))["name"], []).append((facts, arrays))
@@ -440,13 +444,17 @@ def report(a):
                 claims.append({"claim": f"{one} > {two}", "vectors": vectors,
                                "mean STS": difference(items(one), items(two), pair),
                                "seeds": [len(items(one)), len(items(two))]})
+    made = {(c["claim"], c["vectors"]) for c in claims}
+    claims += [c for c in old["claims"] if (c["claim"], c["vectors"]) not in made]
+    claims.sort(key=lambda c: order.index(c["claim"].split(" > ")[1]))
+    table = {name: (old["rows"] | table)[name] for name in order if name in old["rows"] or name in table}
     command = (f"python experiments/compare.py --corpus {Path(a.corpus).name} --texts {a.texts} "
                f"--max-length {a.max_length} --data-dir DIR")
     shared = {f"{s} in {t}": int(np.isin(pair[s], pair[t]).sum()) for s in pair for t in pair if s != t}
     facts = {"command": command, "texts a run": a.texts, "test pairs that stand in another task": shared,
              "versions": {p: version(p) for p in ("torch", "transformers", "mteb", "scipy")},
              "rows": table, "claims": claims}
-    out = str((ROOT / "results" if a.publish else Path(a.runs)) / f"compare-{Path(a.corpus).stem}-{a.texts}")
+    out = str((ROOT / "results" if a.publish else Path(a.runs)) / published.stem)
     Path(out + ".json").write_text(json.dumps(facts, indent=1) + "\n")
     columns = [*STS, "mean STS", "Banking77Classification"]
     head = " | ".join([" ", "seeds", *columns, "mean STS, half whitened"])
@@ -494,7 +502,7 @@ def main():
     for n, seed in enumerate(a.seeds):
         for name in a.only or [*baselines, *RUNS]:
             if n == 0 or name not in baselines:        # a baseline has no seed
-                run(name, 0 if name in baselines else seed, tasks, a, baselines, some)
+                run(name, 0 if name in baselines else seed, tasks, a, baselines=baselines, some=some)
     report(a)
 
 

@@ -1,6 +1,6 @@
 """What a backbone is worth as an embedder before training, and what counting words is worth.
 
-    python experiments/untrained.py --data-dir DIR [--backbone smollm2] [--corpus docstrings] [--tasks NAME]
+    python experiments/compare.py --data-dir DIR --only mean SIF tf-idf
 
     mean, last          states of the causal model, averaged or the last one
     mean bidirectional  mean, with bidirectional attention: where training starts
@@ -11,26 +11,20 @@
     SIF                 the same, a row weighted by 1e-3 / (1e-3 + frequency), without its first component
     tf-idf              cosine of tf * idf over the words that t2t.py trains on: lexical overlap alone
 
-Frequencies, idf and components come from --corpus, never a task. Writes runs/untrained-CORPUS.json and .md,
-with --publish results/untrained-CORPUS.json and .md.
+Frequencies, idf and components come from the corpus, never a task.
 """
-import argparse
 import sys
-import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-import mteb  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from mteb.models import ModelMeta  # noqa: E402
 from mteb.models.abs_encoder import AbsEncoder  # noqa: E402
 
-import eval as evaluation  # noqa: E402
 import t2t  # noqa: E402
-from plumbing.cache import write_json  # noqa: E402
 from plumbing.corpus import tokenize, tokenize_corpus  # noqa: E402
 
 
@@ -108,43 +102,3 @@ class Function(AbsEncoder):
     def encode(self, inputs, **_):
         # retrieval hands out "title text" of a document as text, everything else its own column
         return self.read([text for batch in inputs for text in batch["text"]]).astype(np.float32)
-
-
-def main():
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    p.add_argument("--backbone", default="smollm2")
-    p.add_argument("--corpus", default="docstrings")
-    p.add_argument("--data-dir", required=True)
-    p.add_argument("--baselines", nargs="+")
-    p.add_argument("--publish", action="store_true", help="write to results/, not to runs/")
-    p.add_argument("--tasks", nargs="+",
-                   default=["STS12", "STS13", "STSBenchmark", "Banking77Classification", "SciFact"])
-    a = p.parse_args()
-    tasks = [evaluation.localize(t, a.data_dir) for t in evaluation.pick(a.tasks)]
-    t0, table = time.time(), {}
-    found, _ = untrained(a.backbone, a.corpus)
-    chosen = {k: v for k, v in found.items() if not a.baselines or k in a.baselines}
-    for task in tasks:                                 # baselines inside: the data is loaded once
-        task.load_data()
-        for name, read in chosen.items():
-            result = mteb.evaluate(Function(name, read), [task], cache=None, co2_tracker=False,
-                                   show_progress_bar=False)
-            score = round(100 * result.task_results[0].get_score(), 2)
-            table.setdefault(name, {})[task.metadata.name] = score
-            print(name, task.metadata.name, score, flush=True)
-        task.unload_data()
-    out = ROOT / ("results" if a.publish else "runs") / f"untrained-{Path(a.corpus).name}"
-    out.parent.mkdir(exist_ok=True)
-    write_json(out.with_suffix(".json"), {
-        "command": f"python experiments/untrained.py --corpus {Path(a.corpus).name} --data-dir DIR",
-        "backbone": Path(a.backbone).name, "seconds": round(time.time() - t0), "torch": torch.__version__,
-        "mteb": mteb.__version__, "threads": torch.get_num_threads(), "scores": table})
-    names = [t.metadata.name for t in tasks]
-    lines = ["| baseline | " + " | ".join(names) + " |", "|---|" + "---:|" * len(names)]
-    lines += [f"| {r} | " + " | ".join(f"{s[n]:.2f}" for n in names) + " |" for r, s in table.items()]
-    out.with_suffix(".md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
-
-
-if __name__ == "__main__":
-    main()
