@@ -1,13 +1,11 @@
 """experiments/analyze.py: every measure by hand, the page and the picture on a small checkpoint."""
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from test_train import ROOT, config
+from test_train import config
 
 import analyze
 import t2t
@@ -94,13 +92,12 @@ def test_wordnet_knows_its_neighbours():
 
 
 # ------------------------------------------------------------------------------------------------- the page
-def test_page_and_picture(backbone, texts_file, tmp_path):
-    out = Path(t2t.train(config(backbone, texts_file, tmp_path / "ckpt", steps=1000, lr=2e-2)))
-    command = [sys.executable, "experiments/analyze.py", str(out), "The wolf sees the goat."]
-    run = subprocess.run(command, cwd=ROOT,
-                         capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.startswith("The wolf sees the goat.\n    before") and "first PC" in run.stdout
+def test_page_and_picture(backbone, texts_file, tmp_path, capsys):
+    out = Path(t2t.train(config(backbone, texts_file, tmp_path / "ckpt", steps=600, lr=2e-2)))
+    capsys.readouterr()
+    analyze.main([str(out), "The wolf sees the goat."])
+    page = capsys.readouterr().out
+    assert page.startswith("The wolf sees the goat.\n    before") and "first PC" in page
     facts = json.loads((out / "analysis.json").read_text())
     assert facts["after"]["key"] > facts["before"]["key"]               # it learned what it was trained for
     for row in ("before", "start", "after"):
@@ -115,10 +112,11 @@ def test_page_and_picture(backbone, texts_file, tmp_path):
 
 @pytest.mark.parametrize("args, says", [(["nowhere"], "expected a checkpoint of t2t.py, got nowhere"),
                                         ([], "required: CKPT"), (["x", "--corpsu", "y"], "unrecognized")])
-def test_mistakes_end_in_one_line(args, says):
-    command = [sys.executable, "experiments/analyze.py", *args]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 2 and says in run.stderr and len(run.stderr.splitlines()) == 1
+def test_mistakes_end_in_one_line(args, says, capsys):
+    with pytest.raises(SystemExit) as end:
+        analyze.main(args)
+    line = capsys.readouterr().err
+    assert end.value.code == 2 and says in line and len(line.splitlines()) == 1
 
 
 def test_too_few_texts(backbone, texts_file, tmp_path):
