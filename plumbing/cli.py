@@ -20,6 +20,11 @@ class Error(ValueError):
     """Bad input: one line for a person, saying what was expected, what came and what to do."""
 
 
+def why(error):
+    """What a library's error says, in one line"""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
 def flag(name):
     return "--" + name.replace("_", "-")
 

@@ -24,7 +24,7 @@ import numpy as np
 from tqdm import tqdm
 
 from plumbing.cache import cached, file_stamps, files_below, hash_of, source_hash
-from plumbing.cli import Error
+from plumbing.cli import Error, why
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
 # OURS: packages whose documentation is mostly prose, pinned in requirements.txt: the corpus is the same
@@ -154,9 +154,8 @@ def hub(name, column="text", configuration=None, split="train"):
         try:
             yield from datasets.load_dataset(name, configuration or None, split=split, streaming=True)
         except Exception as e:                     # offline, unknown, gated: datasets has many types for it
-            why = (str(e).strip() or type(e).__name__).splitlines()[0]
             raise Error(f"--corpus: expected a data set on the hub, but {name} can not be read here "
-                        f"({why}): check the name and the network, pass a file, or "
+                        f"({why(e)}): check the name and the network, pass a file, or "
                         f"hub:{name}:COLUMN:CONFIGURATION:SPLIT") from None
     for row in rows():
         if not isinstance(row.get(column), str) and row.get(column, 0) is not None:

@@ -24,9 +24,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from plumbing import processes
-from plumbing.backbones import identity_of, why
+from plumbing.backbones import identity_of
 from plumbing.cache import write_json, write_whole
-from plumbing.cli import RANK, Error, flag
+from plumbing.cli import RANK, Error, flag, why
 
 
 # ----------------------------------------------------------------------------------------- the state of a run
@@ -103,7 +103,7 @@ def writing(folder, new):
         shutil.rmtree(new) if new.is_dir() else new.unlink(missing_ok=True)
         free = shutil.disk_usage(folder).free / 1e6
         raise Error(f"--out: expected to write in {folder}, where {free:,.0f} MB are free: "
-                    f"{' '.join(str(e).split())[:100]}") from None
+                    f"{why(e)[:100]}") from None
 
 
 def open_log(out, mode):
@@ -273,12 +273,11 @@ def read_mean(folder, C):
 def ours(config):
     """What of a run the paper's abstract does not state."""
     data, model = config.method in ("data", "both"), config.method in ("model", "both")
-    used = {"tf-idf weights": data, "first piece of a split word": data,
-            "log p minus its mean over the corpus": model,
-            "measured scale in front of the head": data or model,
-            **dict.fromkeys(("frozen embedding", "every hyper-parameter"),
-                            config.method != "none"),
-            "sparse vectors": True}
+    used = {"form of the loss": data or model, "tf-idf weights": data, "first piece of a split word": data,
+            "log p minus its mean over the corpus": model, "measured scale in front of the head": data or model,
+            "LoRA": config.method != "none" and config.lora_rank > 0,
+            **dict.fromkeys(("frozen embedding", "every hyper-parameter"), config.method != "none"),
+            "attention and pooling": True, "sparse vectors": True}
     return [name for name, yes in used.items() if yes]
 
 

@@ -5,7 +5,8 @@
 A right call must agree with the torch code of t2t.py. A wrong one must end in ValueError, RuntimeError or
 TypeError: a wrong shape or type in C++, which is called without the Python that checks it too; a wrong value
 in Python, since C++ leaves values to its caller. tests/sanitize.sh runs this under AddressSanitizer and UBSan
-for FUZZ_SECONDS. It is random, not guided by coverage: no compiler here instruments for that.
+for FUZZ_SECONDS. It is random, not guided by coverage. By gcov, 90 s reach every line of kl.h, and of rows.h
+and cpu.cpp all but the test of exp; in bind.cpp, what serves meta tensors, autocast and CUDA is not reached.
 """
 import argparse
 import random
