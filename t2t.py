@@ -640,11 +640,11 @@ def fit(model, embedder, config, *, out, tokens, q, on_step):
     core, tok, device = embedder.model, embedder.tok, config.device
     H, B, lengths = head(core), min(config.batch_size, len(tokens)), tokens.lengths
     params = [p for p in model.parameters() if p.requires_grad]
-    contrasts = config.method == "simcse"  # with texts of its batch, which shall differ in length, too
+    contrasts = config.method == "simcse"  # compares the texts of a batch: their lengths must not be alike
     # the loss of the best prediction that ignores the text (simcse: any of the batch; mntp: frequencies)
     constant_loss = q.marginal_kl if q else math.log(B) if contrasts else token_entropy(tokens, tok)
-    same = folders.identity(config) | {"texts of the corpus": tokens.hash,       # when --resume goes on
-                                       "the loss that ignores the text": round(constant_loss, 3)}
+    must_stay = folders.identity(config) | {"texts of the corpus": tokens.hash,                 # for --resume
+                                            "the loss that ignores the text": round(constant_loss, 3)}
 
     def forward(ids, mask):                                            # (b,T), (b,T) -> x (b,T,C), h (b,C)
         # else peft casts the inputs of adapters to float32 and autocast casts them back: a quarter slower
@@ -654,7 +654,7 @@ def fit(model, embedder, config, *, out, tokens, q, on_step):
         return x, pool(x, mask, config.pooling)
 
     optimizer = torch.optim.AdamW(params, lr=config.lr, betas=(0.9, 0.98), weight_decay=0.01)
-    run = folders.load_state(out, same, model, optimizer, resume=config.resume)
+    run = folders.load_state(out, must_stay, model, optimizer, resume=config.resume)
     if run is None:
         run = {"step": 0, "seconds": 0.0, "scale": 1.0, "losses": []}
         if q:
@@ -713,7 +713,7 @@ def fit(model, embedder, config, *, out, tokens, q, on_step):
             if on_step and not RANK:
                 on_step(run["step"], embedder)
             if stop or run["step"] == config.steps or run["step"] % config.save_every == 0:
-                folders.save_state(out, same, model, optimizer, run=run)
+                folders.save_state(out, must_stay, model, optimizer, run=run)
             if stop and run["step"] < config.steps:
                 raise KeyboardInterrupt(f"stopped after step {run['step']}: the same command with --resume "
                                         "goes on")

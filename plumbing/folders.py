@@ -78,13 +78,13 @@ def identity(config):
                    "weights of --init": identity_of(config.init) if config.init else None}
 
 
-def save_state(out, same, model, optimizer, *, run):
-    """same: what --resume must find unchanged; run: the step, the scale and what has been counted. Of several
-    processes the first writes."""
+def save_state(out, must_stay, model, optimizer, *, run):
+    """must_stay: what --resume must find unchanged; run: the step, the scale and what has been counted. Of
+    several processes the first writes."""
     if RANK:
         return processes.barrier()
     file = out / "state" / "last.pt"
-    state = {"identity": same, "run": run, "optimizer": optimizer.state_dict(),
+    state = {"identity": must_stay, "run": run, "optimizer": optimizer.state_dict(),
              "weights": {n: p for n, p in model.named_parameters() if p.requires_grad}}
     with writing(out, Path(f"{file}.new")) as new, open(new, "wb") as stream:    # torch may not know its name
         torch.save(state, stream)
@@ -110,7 +110,7 @@ def open_log(out, mode):
     return open(os.devnull if RANK else out / "state" / "log.jsonl", mode)
 
 
-def load_state(out, same, model, optimizer, *, resume):
+def load_state(out, must_stay, model, optimizer, *, resume):
     """Put the run back where save_state left it -> run, or None if there is no state. Error if a setting, the
     corpus or the backbone has changed."""
     file = out / "state" / "last.pt"
@@ -128,7 +128,7 @@ def load_state(out, same, model, optimizer, *, resume):
         raise Error(f"--resume: expected the state of a run, but {file} is damaged ({why(e)[:80]}): pass "
                     "--overwrite to start again") from None
     changed = [f"{flag(k) if k.isidentifier() else k} {v} (was {was.get(k)})"
-               for k, v in same.items() if v != was.get(k)]
+               for k, v in must_stay.items() if v != was.get(k)]
     if changed:
         raise Error(f"--resume: expected what the interrupted run had, got {', '.join(changed)}")
     with torch.no_grad():
@@ -273,8 +273,9 @@ def read_mean(folder, C):
 def ours(config):
     """What of a run the paper's abstract does not state."""
     data, model = config.method in ("data", "both"), config.method in ("model", "both")
-    used = {"form of the loss": data or model, "tf-idf weights": data, "first piece of a split word": data,
-            "log p minus its mean over the corpus": model, "measured scale in front of the head": data or model,
+    used = {"tf-idf weights": data, "first piece of a split word": data,
+            "log p minus its mean over the corpus": model,
+            **dict.fromkeys(("form of the loss", "measured scale in front of the head"), data or model),
             "LoRA": config.method != "none" and config.lora_rank > 0,
             **dict.fromkeys(("frozen embedding", "every hyper-parameter"), config.method != "none"),
             "attention and pooling": True, "sparse vectors": True}
