@@ -316,7 +316,7 @@ def model_targets(log_p, usual, words, K, *, temperature):
     A word scores the maximum over its variants. PAPER: "model-derived": tokens *beyond* a text. OURS: how."""
     canonical_id = torch.from_numpy(words.canonical_id)
     r = (log_p - usual).masked_fill(canonical_id < 0, -torch.inf)                                    # (n,V)
-    to = canonical_id.clamp_min(0).expand_as(r)             # no word: to token 0, whose maximum -inf never is
+    to = canonical_id.clamp_min(0).expand_as(r)      # no word: to token 0 too, where its -inf changes nothing
     best = torch.full_like(r, -torch.inf).scatter_reduce_(1, to, r, "amax")                          # (n,V)
     r, i = best.topk(K, 1)                                                                           # (n,K)
     p = F.softmax(r / temperature, 1)
@@ -347,7 +347,7 @@ def method_targets(config, tokens, words, *, model, tok):
         return lambda ids: model_targets(predict(ids, model, tok), usual, words, K, temperature=temperature)
 
     def both(ids):
-        # OURS: an even mixture, K/2 tokens a side (a text without words: the model's alone); both weights add
+        # OURS: half each, K/2 tokens a side (no words: the model's alone); a token on both sides: the sum
         sides = (data_targets(ids, words, idf, K - K // 2, temperature=temperature),
                  model_targets(predict(ids, model, tok), usual, words, K // 2, temperature=temperature))
         i, p = (torch.from_numpy(np.concatenate(x, 1)) for x in zip(*sides))
@@ -358,8 +358,7 @@ def method_targets(config, tokens, words, *, model, tok):
 def build_targets(config, tokens, words, *, model, tok, target_fn=None):
     """-> Targets, made once, kept on disk. model: the backbone, frozen and causal; target_fn: see `train`."""
     N, V, K = len(tokens), len(words.canonical_id), config.top_k
-    # a bucket of 16 batches is sorted by length (bucketed_batch), so a run that ends inside one may read any
-    # text of it; beyond one epoch, all texts are read
+    # whole buckets: a run that ends inside one may read any text of it (bucketed_batch, part 6)
     n = math.ceil(config.steps / BUCKET) * BUCKET * config.batch_size
     texts = np.sort(epoch_permutation(config.seed, 0, N)[:n])
 
@@ -397,9 +396,9 @@ def build_targets(config, tokens, words, *, model, tok, target_fn=None):
         with tempfile.TemporaryDirectory() as folder:
             write(Path(folder))
             return load(Path(folder), None)
-    # the source text of what makes targets: an edit makes them anew (__wrapped__: without lru_cache)
+    # the source text of what makes targets: an edit makes them anew
     made_by = source_hash(sorted(STOP), ONE_WORD, str(SAMPLE), is_unspaced, is_letter, read_vocabulary,
-                          find_words, document_frequency, epoch_permutation.__wrapped__, Head, head, pad,
+                          find_words, document_frequency, epoch_permutation, Head, head, pad,
                           hidden_states, pool, blocks, positions, coalesce, data_targets, predict,
                           model_targets, method_targets, build_targets)
     of_model = config.method != "data" and (str(model.dtype), identity_of(config.backbone), config.seed,
@@ -495,8 +494,8 @@ def target_loss(batch, forward, H, scale, *, indices, probs, impl):
 
 # ------------------------------------------------------------------------------------------------ 5. embedder
 class Embedder:
-    """A model in use. s (`scale`) stands before the head; mean (C,) of h over the corpus is subtracted for
-    sparse vectors."""
+    """A model in use. s (`scale`) stands before the head; mean (C,) of h over SAMPLE texts of the corpus is
+    subtracted for sparse vectors."""
     SPARSE_K = 256             # OURS: tokens of a sparse vector; with 64, SciFact is 5 points lower
 
     def __init__(self, model, tok, pooling="mean", max_length=256, scale=1.0, mean=None):
@@ -520,7 +519,7 @@ class Embedder:
 
     def token_ids(self, texts):
         if isinstance(texts, str):
-            raise TypeError("encode: expected a list of texts, got one text: pass [text]")
+            raise TypeError("texts: expected a list, got one text: pass [text]")
         return tokenize(self.tok, list(texts), self.max_length)
 
     @torch.no_grad()
@@ -643,8 +642,8 @@ def fit(model, embedder, config, *, out, tokens, q, on_step):
     contrasts = config.method == "simcse"  # compares the texts of a batch: their lengths must not be alike
     # the loss of the best prediction that ignores the text (simcse: any of the batch; mntp: frequencies)
     constant_loss = q.marginal_kl if q else math.log(B) if contrasts else token_entropy(tokens, tok)
-    must_stay = folders.identity(config) | {"texts of the corpus": tokens.hash,                 # for --resume
-                                            "the loss that ignores the text": round(constant_loss, 3)}
+    must_stay = folders.identity(config) | {        # for --resume; the loss tells functions of targets apart
+        "texts of the corpus": tokens.hash, "the loss that ignores the text": round(constant_loss, 3)}
 
     def forward(ids, mask):                                            # (b,T), (b,T) -> x (b,T,C), h (b,C)
         # else peft casts the inputs of adapters to float32 and autocast casts them back: a quarter slower
@@ -659,7 +658,7 @@ def fit(model, embedder, config, *, out, tokens, q, on_step):
         run = {"step": 0, "seconds": 0.0, "scale": 1.0, "losses": []}
         if q:
             some = epoch_permutation(config.seed, 0, len(tokens))[:min(16384, len(q.texts))]
-            some = some[(q.of(some)[0] >= 0).any(1).numpy()][:128]    # OURS: (n,) texts that have targets
+            some = some[(q.of(some)[0] >= 0).any(1).numpy()][:128]   # OURS: (n,) the first that have targets
             h = embedder.pooled([tokens[n] for n in some], config.micro_batch).to(device)            # (n,C)
             run["scale"] = processes.same(measure_scale(h, H, *(a.to(device) for a in q.of(some))))
     embedder.scale, resumed, earlier, started = run["scale"], run["step"], run["seconds"], time.time()
