@@ -76,6 +76,7 @@ EXAMPLES = ["A dog runs after a ball in the park.", "The bank raised its interes
 CONFIG = parse(Config, __doc__) if __name__ == "__main__" else None
 
 import functools
+import itertools
 import json
 import math
 import tempfile
@@ -102,7 +103,7 @@ from plumbing.backbones import (add_adapters, check_head, fetched, identity_of, 
                                 read_backbone, usable_length)
 from plumbing.baselines import mntp, simcse, token_entropy
 from plumbing.cache import cached, hash_of, source_hash
-from plumbing.corpus import blocks, is_unspaced, tokenize, tokenize_corpus, tokenizer_hash
+from plumbing.corpus import blocks, is_unspaced, tokenize, tokenize_corpus
 
 # --------------------------------------------------------------------------------------------------- 1. words
 # tokenize_corpus writes the ids of all texts to disk, one text after the other: tokens.ids. Text n, (T,), is
@@ -294,11 +295,11 @@ ONE_WORD = 'This text: "{}" means in one word: "'      # OURS, in the manner of 
 @torch.no_grad()
 def predict(ids, model, tok):
     """list of n id arrays -> log p (n,V): what the frozen causal backbone says when asked for one word."""
-    before, after = ONE_WORD.split("{}")
-    before, after = tok(before)["input_ids"], tok(after, add_special_tokens=False)["input_ids"]
     special, H = set(tok.all_special_ids), head(model)
-    room = positions(model) - len(before + after)                      # a text is cut, the question is not
-    rows = [before + [i for i in row.tolist() if i not in special][:room] + after for row in ids]
+    front = [*itertools.takewhile(special.__contains__, tok(ONE_WORD)["input_ids"])]    # such as <s>; no </s>
+    before, after = (tok(part, add_special_tokens=False)["input_ids"] for part in ONE_WORD.split("{}"))
+    room = positions(model) - len(front + before + after)              # a text is cut, the question is not
+    rows = [front + before + [i for i in row.tolist() if i not in special][:room] + after for row in ids]
     out = torch.empty(len(rows), len(H.weight))
     for part in blocks(sorted(range(len(rows)), key=lambda n: len(rows[n])), 32):          # of like lengths
         some, mask = pad([rows[n] for n in part], tok.pad_token_id, model.device)
@@ -364,38 +365,38 @@ def build_targets(config, tokens, words, *, model, tok, target_fn=None):
 
     def write(folder):
         make = target_fn or method_targets(config, tokens, words, model=model, tok=tok)
-        indices = np.lib.format.open_memmap(folder / "indices.npy", "w+", np.int32, (len(texts), K))
-        probs = np.lib.format.open_memmap(folder / "probs.npy", "w+", np.float32, (len(texts), K))
-        indices[:], probs[:] = -1, 0
         mean, negative_entropy, valid = np.zeros(V), 0.0, 0
-        with tqdm(total=len(texts), desc="targets", unit=" texts") as bar:
+        with (tqdm(total=len(texts), desc="targets", unit=" texts") as bar,
+              open(folder / "indices", "wb") as indices, open(folder / "probs", "wb") as probs):
             for rows in blocks(range(len(texts)), 256):
                 i, p = map(np.asarray, make([tokens[t] for t in texts[rows]]))                       # (n,k)
                 if target_fn:                                          # may name a token twice
                     check_own_targets(i, p, K, V)
                     i, p = (x.numpy() for x in coalesce(*map(torch.from_numpy, (i, p))))
                 i, p = np.where(p > 0, i, -1), np.where(i >= 0, p, 0)  # target_loss counts rows with an index
-                indices[rows, :i.shape[1]], probs[rows, :i.shape[1]] = i, p
+                narrow = (0, 0), (0, K - i.shape[1])
+                np.pad(i, narrow, constant_values=-1).astype(np.int32).tofile(indices)               # (n,K)
+                np.pad(p, narrow).astype(np.float32).tofile(probs)                                   # (n,K)
                 mean += np.bincount(i[i >= 0], p[i >= 0], V)
                 negative_entropy += (p * np.log(np.maximum(p, 1e-30))).sum(dtype=np.float64)
                 valid += (i >= 0).any(1).sum()
                 bar.update(len(rows))
         if not valid:
-            raise Error("--corpus: expected words to learn from, but no text has a single target token: "
-                        "is it text, in a language that the tokenizer knows?")
+            raise Error("--corpus: expected words that the tokenizer knows, but no text has a target token")
         mean /= valid
         # mean_b KL(q_b || m) = mean_b sum q_b log q_b - sum m log m
         np.save(folder / "marginal_kl.npy",
                 negative_entropy / valid - (mean * np.log(np.maximum(mean, 1e-30))).sum())
 
-    def load(folder, mmap_mode="r"):
-        arrays = (np.load(folder / f"{name}.npy", mmap_mode) for name in ("indices", "probs"))
-        return Targets(texts, *arrays, float(np.load(folder / "marginal_kl.npy")))
+    def load(folder):
+        read = lambda name, dtype: np.memmap(folder / name, dtype, "r", shape=(len(texts), K))
+        return Targets(texts, read("indices", np.int32), read("probs", np.float32),
+                       float(np.load(folder / "marginal_kl.npy")))
 
     if target_fn:                                     # not kept: its name does not tell what it computes
         with tempfile.TemporaryDirectory() as folder:
             write(Path(folder))
-            return load(Path(folder), None)
+            return load(Path(folder))                 # what is mapped may be removed
     # the source text of what makes targets: an edit makes them anew
     made_by = source_hash(sorted(STOP), ONE_WORD, str(SAMPLE), is_unspaced, is_letter, read_vocabulary,
                           find_words, document_frequency, epoch_permutation, Head, head, pad,
@@ -565,8 +566,8 @@ class Embedder:
 
             y = top_k(max(0, U (h - m))) / |...|          U: the weight of the head, m: mean of h over texts
 
-        For a few texts; SparseEncoder(folder/sparse) gives the same for many. OURS: the abstract has no
-        sparse vectors. Tokens that every text lights up do not tell texts apart, so m is subtracted."""
+        For a few texts; SparseEncoder(folder/sparse) gives the same for many, not of length 1. OURS: the
+        abstract has none. Tokens that every text lights up do not tell texts apart, so m is subtracted."""
         h, H = self.pooled(self.token_ids(texts)), head(self.model)                                 # (N,C)
         with torch.no_grad():
             centred = h if self.mean is None else h - self.mean
@@ -715,7 +716,7 @@ def fit(model, embedder, config, *, out, tokens, q, on_step):
                 folders.save_state(out, must_stay, model, optimizer, run=run)
             if stop and run["step"] < config.steps:
                 raise KeyboardInterrupt(f"stopped after step {run['step']}: the same command with --resume "
-                                        "goes on")
+                                        f"{'in place of --overwrite ' * config.overwrite}goes on")
     return {"loss": np.mean(run["losses"]).item(),                     # of 16 steps: texts of all lengths
             "constant_loss": constant_loss, "texts": len(tokens), "texts_seen": config.steps * B,
             "train_seconds": round(run["seconds"], 1), "earlier_seconds": earlier, "corpus_hash": tokens.hash}
@@ -770,7 +771,7 @@ def train(config, targets=None, on_step=None):
     del model                                                          # never two in memory
     model, its_tok = load_backbone(start, config.attention, dtype if lora else torch.float32, option)
     model.to(config.device)
-    if len(head(model).weight) != V or tokenizer_hash(its_tok) != tokenizer_hash(tok):
+    if len(head(model).weight) != V or its_tok.get_vocab() != tok.get_vocab():
         raise Error(f"--init: expected a checkpoint made from {config.backbone}, got another vocabulary")
     embedder, facts = Embedder(model, tok, config.pooling, length_in_use), {}
 

@@ -35,8 +35,8 @@ def resolve(name, option="--backbone"):
     file = Path(name)
     if not file.is_file():
         raise Error(f"{option}: expected a GGUF file, but {file} does not exist")
-    # a tokenizer beside the file is preferred to the one inside
-    beside = [f for f in sorted(file.parent.glob("tokenizer*.json")) if f.is_file()]
+    # a tokenizer.json beside the file is preferred to the one inside
+    beside = sorted(file.parent.glob("tokenizer*.json")) if (file.parent / "tokenizer.json").is_file() else []
     made_of = [file_stamps(f) for f in (file, *beside)]
     return str(cached("gguf", hash_of(GGUF_VERSION, made_of),
                       lambda folder: read_gguf(file, beside, folder, option)))
@@ -63,10 +63,12 @@ def read_gguf(file, beside, folder, option):
     from gguf import GGUFReader
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
     quiet()
-    where = str(file.parent), file.name
+    # absolute: of a bare name, transformers would take a file in the current folder first
+    where = str(file.parent), str(file.absolute())
     print(f"reading {file.name}, once ...", flush=True)
     try:
-        kinds = [t.tensor_type.name for t in GGUFReader(file).tensors]
+        reader = GGUFReader(file)
+        kinds = [t.tensor_type.name for t in reader.tensors]
         config = AutoConfig.from_pretrained(where[0], gguf_file=where[1])
         model, info = AutoModelForCausalLM.from_pretrained(
             where[0], gguf_file=where[1], config=config, dtype=torch.float32, output_loading_info=True,
@@ -76,6 +78,12 @@ def read_gguf(file, beside, folder, option):
     except Exception as e:                                          # gguf and transformers raise many types
         raise Error(f"{option}: expected a GGUF file that transformers reads (a Llama, Qwen, Mistral, Gemma, "
                     f"...); {file} is damaged, cut short or of another kind: {why(e)}") from None
+    inside = reader.fields.get("tokenizer.ggml.tokens")                # its list may be padded
+    if beside and inside:
+        pairs = list(zip(inside.contents(), tok.convert_ids_to_tokens(list(range(len(tok))))))
+        if sum(a == b for a, b in pairs) < len(pairs) / 2:
+            raise Error(f"{option}: expected in tokenizer.json beside {file.name} the tokens that it holds, "
+                        "got others: of another model? Move the file to a folder of its own")
     missing = sorted(info["missing_keys"])
     if missing:
         raise Error(f"{option}: expected all weights of the model in {file}, but {missing[0]} is missing")
@@ -103,20 +111,28 @@ def origin(name):
 
 
 def identity_of(name):
-    """What tells the weights of two backbones apart, also of one name: hashes, or a snapshot of the hub."""
+    """What tells the weights of two backbones apart, also of one name: hashes, or the commit on the hub."""
     folder = Path(resolve(name))
     if (folder / "gguf.json").is_file():
         return json.loads((folder / "gguf.json").read_text())["sha256"]
     if folder.exists():
-        return weights_hash(folder, str(file_stamps(folder)))
-    from transformers import AutoConfig
-    return [name, getattr(AutoConfig.from_pretrained(name), "_commit_hash", None)]
+        return weights_hash(folder, str(file_stamps(folder, (".safetensors", ".bin", "config.json"))))
+    return [name, commit(name)]
+
+
+@functools.lru_cache                          # all of a run read one commit, though the hub may have a newer
+def commit(name):
+    from transformers.utils import cached_file
+    from transformers.utils.hub import extract_commit_hash
+    return extract_commit_hash(cached_file(name, "config.json"), None)
 
 
 @functools.lru_cache
 def weights_hash(folder, stamps):
-    """Of all weights in a folder; stamps (sizes and times) only tell whether they are still the same."""
-    return hash_of([file_hash(f) for f in sorted(folder.iterdir()) if f.suffix in (".safetensors", ".bin")])
+    """Of all weights in a folder, and its config.json; stamps (sizes and times) only tell whether they are
+    still the same."""
+    return hash_of([file_hash(f) for f in sorted(folder.iterdir())
+                    if f.suffix in (".safetensors", ".bin") or f.name == "config.json"])
 
 
 @functools.lru_cache
@@ -149,6 +165,8 @@ def read_backbone(name, attention, dtype=torch.float32, option="--backbone"):
             raise Error(f"{option}: expected a whole model, but {where} holds an adapter: merge it into its "
                         "model first (merge_and_unload of peft), or remove adapter_config.json")
         code = {"trust_remote_code": False}                            # else a console is asked to run it
+        if not Path(folder).exists():
+            code["revision"] = commit(folder)
         settings = AutoConfig.from_pretrained(folder, **code)
         for part in (settings, settings.get_text_config()):            # of a model that also sees: its own
             part.is_causal = attention == "causal"                    # the documented switch; checked below

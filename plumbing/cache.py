@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import time
+import uuid
 from pathlib import Path
 
 KEEP_DAYS = 30                               # entries that no run has used for so long are removed
@@ -78,8 +79,7 @@ def cached(kind, name, write):
     folder = cache_path(kind, name)
     if not folder.exists():
         prune()
-        beside = folder.with_name(f"{folder.name}.{os.getpid()}.new")
-        shutil.rmtree(beside, ignore_errors=True)
+        beside = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}.new")  # containers share process numbers
         beside.mkdir(parents=True)
         try:
             write(beside)
@@ -100,7 +100,7 @@ def prune():
     """Remove entries that no run has used for KEEP_DAYS."""
     old = time.time() - KEEP_DAYS * 86400
     for folder in cache_root().iterdir() if cache_root().is_dir() else ():
-        if not re.fullmatch(r"(gguf|tokens|targets|csrc)-[0-9a-f]{20}(\.\d+\.new)?", folder.name):
+        if not re.fullmatch(r"(gguf|tokens|targets|csrc)-[0-9a-f]{20}(\.\w+\.new)?", folder.name):
             continue                         # not ours
         with contextlib.suppress(OSError):   # another run removes it too
             if folder.lstat().st_mtime < old and folder.is_dir() and not folder.is_symlink():

@@ -67,14 +67,22 @@ def mended(text):
 
 
 def fingerprint(source):
-    """Tells corpora apart without reading them: names, sizes, times of files; versions of packages."""
+    """Tells corpora apart without reading them: names, sizes, times of files; versions of packages; the
+    commit on the hub, where it answers."""
     source = str(source)
     if source == "docstrings":
         from importlib.metadata import packages_distributions, version
         name = packages_distributions()
         return [source] + [f"{p} {version(name[p][0])}" for p in PACKAGES if p in name]
     if source.startswith("hub:"):
-        return source
+        from huggingface_hub import HfApi
+        name = source.split(":")[1]
+        if Path(name).exists():                    # datasets reads a folder, too
+            return [source, file_stamps(name, ("",))]
+        try:
+            return [source, HfApi().dataset_info(name, timeout=10).sha]
+        except Exception:                          # no network, no such name: `hub` says so, if it must read
+            return source
     path = Path(source)
     return file_stamps(path, SUFFIXES)
 
@@ -215,8 +223,9 @@ def docstrings(packages=PACKAGES):
         if spec is None:
             raise Error(f"--corpus docstrings: expected the package {package} to be installed: "
                         "pip install -r requirements.txt, or pass your own texts")
-        for file in sorted(Path(spec.submodule_search_locations[0]).rglob("*.py")):
-            if "tests" not in file.parts and "testing" not in file.parts:
+        root = Path(spec.submodule_search_locations[0])
+        for file in sorted(root.rglob("*.py")):
+            if not {"tests", "testing"} & set(file.relative_to(root).parts):
                 for literal in LITERAL.finditer(file.read_text("utf-8", "ignore")):
                     yield from prose(literal[2])
 
@@ -252,7 +261,8 @@ def tokenizer_hash(tok):
     """A hash of all that decides the ids of a text. Truncation and padding are dropped: they are those of the
     tokenizer's last call."""
     backend = getattr(tok, "backend_tokenizer", None)
-    how = json.loads(backend.to_str()) | {"truncation": None, "padding": None} if backend else repr(tok)
+    how = (json.loads(backend.to_str()) | {"truncation": None, "padding": None} if backend else
+           [type(tok).__name__, sorted(tok.get_vocab().items()), str(tok.special_tokens_map)])
     return hash_of(how, tok.all_special_ids, len(tok), getattr(tok, "split_special_tokens", False))
 
 

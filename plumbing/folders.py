@@ -46,6 +46,10 @@ def start(config):
         raise Error(f"--out: expected a folder, but {out} is a file: pass another --out")
     if os.path.ismount(out):                                     # the finished one could not take its place
         raise Error(f"--out: expected a folder that can be renamed, but {out} is a mount: pass one inside it")
+    if out.parent.is_dir() and not os.access(out.parent, os.W_OK):            # nor here
+        raise Error(f"--out: expected a folder beside which others can be made, but {out.parent} can not be "
+                    f"written: pass {out / 'ckpt'}" if out.is_dir() and os.access(out, os.W_OK) else
+                    f"--out: expected a folder that can be written, got {out.parent}: pass another --out")
     inside = {f.name for f in out.iterdir()} if out.exists() else set()
     begun = (out / "state" / "last.pt").exists()
     if begun and config.resume:

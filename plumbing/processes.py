@@ -111,5 +111,5 @@ def reduced(x):
         dist.all_reduce(x)
     except RuntimeError as e:
         raise Error("torchrun: expected all processes to go on, but one has ended (see above): the same "
-                    f"command with --resume goes on [{why(e)[:80]}]") from None
+                    f"command with --resume, not --overwrite, goes on [{why(e)[:80]}]") from None
     return x

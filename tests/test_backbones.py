@@ -2,6 +2,7 @@
 import importlib.util
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -58,8 +59,11 @@ def gguf_file(tmp_path_factory, tok):
     return folder / "m.gguf", model
 
 
-def test_gguf_is_the_model_it_was_made_from(gguf_file, tok):
+def test_gguf_is_the_model_it_was_made_from(gguf_file, tok, tmp_path, monkeypatch):
+    """And not the one of that name in the current folder."""
     file, model = gguf_file
+    (tmp_path / file.name).write_bytes(b"another")
+    monkeypatch.chdir(tmp_path)
     read, its_tok = t2t.load_backbone(str(file), "causal")
     ids = torch.tensor([[1, 17, 30, 44, 9, 12]])
     with torch.no_grad():
@@ -79,6 +83,59 @@ def test_gguf_trains_and_is_evaluated(gguf_file, texts_file, tmp_path):
     want = t2t.Embedder.load(str(file)).encode(["The dog eats."])
     got = bare.encode(["The dog eats."])
     np.testing.assert_allclose(got / np.linalg.norm(got), want, rtol=1e-4, atol=1e-5)
+
+
+def test_a_tokenizer_beside_a_gguf(gguf_file, tok, tmp_path):
+    """Only tokenizer.json counts; one of another vocabulary than that inside is refused."""
+    import gguf
+    file, model = gguf_file
+    writer, write_header = gguf.GGUFWriter, gguf.GGUFWriter.write_header_to_file
+
+    def with_tokens(self):
+        self.add_tokenizer_model("gpt2")
+        self.add_token_list(["t", *(str(n) for n in range(10)), *(f"t{n}" for n in range(389))])
+        self.add_token_merges(["t 1"])
+        write_header(self)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(writer, "write_header_to_file", with_tokens)
+        write_gguf(model, tmp_path / "m.gguf")
+    (tmp_path / "tokenizer_config.json").write_text("{}")            # of another program: not looked at
+    inside = t2t.load_backbone(str(tmp_path / "m.gguf"), "causal")[1]
+    assert inside.convert_ids_to_tokens([0, 11, 399]) == ["t", "t0", "t388"]
+    tok.save_pretrained(tmp_path)
+    with pytest.raises(Error, match="tokenizer.json beside m.gguf the tokens that it holds"):
+        t2t.load_backbone(str(tmp_path / "m.gguf"), "causal")
+
+
+def test_commits_of_one_hub_id_are_told_apart(backbone, tok, tmp_path, monkeypatch):
+    """An offline cache of the hub: its main moves; a run that has begun stays with its commit."""
+    from huggingface_hub import constants
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    repository, models = tmp_path / "models--me--tiny", [family("llama", V=500) for _ in "ab"]
+    models[1].model.embed_tokens.weight.data += 1
+    (repository / "refs").mkdir(parents=True)
+    for sha, model in zip(("a" * 40, "b" * 40), models):
+        model.save_pretrained(repository / "snapshots" / sha)
+        tok.save_pretrained(repository / "snapshots" / sha)
+        (repository / "refs" / "main").write_text(sha)
+        read = t2t.load_backbone("me/tiny", "causal")[0]             # the second time: as it began, a
+        assert_close(read.get_input_embeddings().weight, models[0].get_input_embeddings().weight)
+        assert backbones.identity_of("me/tiny") == ["me/tiny", "a" * 40]
+    backbones.commit.cache_clear()                                     # another run
+    assert backbones.identity_of("me/tiny") == ["me/tiny", "b" * 40]
+    read = t2t.load_backbone("me/tiny", "causal")[0]
+    assert_close(read.get_input_embeddings().weight, models[1].get_input_embeddings().weight)
+    backbones.commit.cache_clear()
+
+
+def test_another_config_is_another_backbone(backbone, tmp_path):
+    mine = shutil.copytree(backbone, tmp_path / "mine")
+    before = backbones.identity_of(str(mine))
+    config = json.loads((mine / "config.json").read_text())
+    config["rope_parameters"]["rope_theta"] = 5e5
+    (mine / "config.json").write_text(json.dumps(config))
+    assert backbones.identity_of(str(mine)) != before
 
 
 def test_gguf_that_cannot_be_read(gguf_file, tmp_path, monkeypatch):

@@ -1,10 +1,13 @@
 """Corpora: every format reads the same texts, and bad ones end in one line that names file and line."""
 import gzip
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 
-from plumbing import corpus
+from plumbing import cache, corpus
 from plumbing.cli import Error
 from plumbing.corpus import texts
 
@@ -123,6 +126,42 @@ def test_null_is_an_empty_text(tmp_path):
     for source in (f"hub:{hub}", f"hub:{hub}:text:b"):                # which of two; no split called train
         with pytest.raises(Error, match="hub:NAME:COLUMN:CONFIGURATION:SPLIT".replace("NAME", str(hub))):
             list(texts(source))
+
+
+def test_a_hub_folder_that_changes_is_read_again(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "One."}')
+    before = corpus.fingerprint(f"hub:{tmp_path}")
+    (tmp_path / "a.jsonl").write_text('{"text": "Two, now."}')
+    assert corpus.fingerprint(f"hub:{tmp_path}") != before
+    assert "hub:no/such-name" in corpus.fingerprint("hub:no/such-name")          # offline, or no such name
+
+
+def test_packages_may_be_installed_below_a_folder_called_testing(tmp_path, monkeypatch):
+    package = tmp_path / "testing" / "thing"
+    (package / "tests").mkdir(parents=True)
+    paragraph = ("This function reads all of the files that a user names and returns what they hold, "
+                 "as a list of lines in the order of the names.")
+    for file in package / "one.py", package / "tests" / "two.py":
+        file.write_text(f'"""{paragraph}\n\nOf {file.stem}: {paragraph.lower()}"""\n')
+    spec = SimpleNamespace(submodule_search_locations=[str(package)])
+    monkeypatch.setattr(corpus.importlib.util, "find_spec", lambda name: spec)
+    found = " ".join(corpus.docstrings(["thing"]))
+    assert paragraph in found and "Of two" not in found
+
+
+def test_two_processes_of_one_number_share_a_cache(tmp_path, monkeypatch):
+    """As in containers: each writes a folder of its own; the first that is whole takes the place."""
+    monkeypatch.setenv("T2T_CACHE", str(tmp_path))
+    inside = threading.Barrier(2)
+
+    def write(folder):
+        inside.wait(10)                                               # both write at once
+        (folder / "file").write_text(str(folder))
+        inside.wait(10)
+        assert (folder / "file").read_text() == str(folder)
+    with ThreadPoolExecutor(2) as pool:
+        made = {f.result() for f in [pool.submit(cache.cached, "tokens", "0" * 20, write) for _ in range(2)]}
+    assert [f.name for f in tmp_path.iterdir()] == ["tokens-" + "0" * 20] and len(made) == 1
 
 
 @pytest.mark.parametrize("kind", ["large_string", "string_view", "dictionary"])

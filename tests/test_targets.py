@@ -1,4 +1,5 @@
 """What counts as a word, and the targets made from them: worked by hand, and their invariants."""
+import copy
 import math
 import os
 import subprocess
@@ -214,11 +215,22 @@ def test_model_targets_are_special_to_the_text(tok, texts_file, backbone, method
         np.testing.assert_allclose(p, want, rtol=1e-4)
 
 
+def test_an_end_of_text_stays_out_of_the_question(tok, backbone):
+    """A tokenizer that also ends a text with a special token: it would stand between question and text."""
+    from tokenizers import processors
+    model, ending = t2t.load_backbone(str(backbone), "causal")[0], copy.deepcopy(tok)
+    ending.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
+    assert ending("dog")["input_ids"] == [*tok("dog")["input_ids"], 2]
+    ids = [np.array(tok("The dog eats.")["input_ids"])]
+    assert_close(t2t.predict(ids, model, ending), t2t.predict(ids, model, tok), rtol=0, atol=0)
+
+
 def test_no_text_with_a_target(tok, tmp_path):
     (tmp_path / "a.txt").write_text("the and of\n1 2 3\n")
     words = read_vocabulary(tok, len(tok))
     tokens = tokenize_corpus(str(tmp_path / "a.txt"), tok, 128)
-    with pytest.raises(Error, match="no text has a single target token"):
+    with pytest.raises(Error, match="no text has a target token"):
         build_targets(Config(method="data", top_k=4), tokens, words, model=None, tok=tok)
 
 

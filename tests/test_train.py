@@ -247,6 +247,24 @@ def test_ctrl_c_and_kill_leave_a_state(backbone, texts_file, tmp_path, how):
     assert again.returncode == 2 and "add --resume" in err and len(err.splitlines()) == 1
 
 
+def test_ctrl_c_says_how_to_go_on(backbone, texts_file, tmp_path):
+    stop = lambda step, _: step == 2 and os.kill(os.getpid(), signal.SIGINT)
+    for more, how in ({}, "goes on"), ({"overwrite": True}, "in place of --overwrite goes on"):
+        with pytest.raises(KeyboardInterrupt, match=f"after step 3: the same command with --resume {how}"):
+            train(config(backbone, texts_file, tmp_path / "a", **more), on_step=stop)
+    assert train(config(backbone, texts_file, tmp_path / "a", resume=True))
+
+
+def test_a_folder_beside_which_nothing_can_be_made(backbone, texts_file, tmp_path, monkeypatch):
+    """The checkpoint appears by renaming, so this would fail after training."""
+    (tmp_path / "a").mkdir()
+    real = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path and real(path, mode))
+    with pytest.raises(Error, match=f"--out: .* {tmp_path} can not be written: pass {tmp_path}/a/ckpt"):
+        train(config(backbone, texts_file, tmp_path / "a"))
+    assert train(config(backbone, texts_file, tmp_path / "a" / "ckpt", steps=1))
+
+
 def test_resume_with_changed_arguments(backbone, texts_file, tmp_path):
     def crash(step, _):
         raise Stop
