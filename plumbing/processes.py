@@ -3,7 +3,8 @@ summed before the optimiser moves, so the processes hold the same weights at eve
 does not depend on who reads it: with token targets, any number of processes computes what one does, but for
 the order of sums. (simcse and mntp draw random numbers, each process its own.)
 
-Without torchrun, every function here acts as for one process.
+Without torchrun, every function here acts as for one process. On Ctrl-C, torchrun waits 30 s for a step
+and its saving to end.
 """
 import atexit
 import contextlib

@@ -170,6 +170,17 @@ def test_out_may_be_a_link(backbone, texts_file, tmp_path):
     assert Embedder.load(out).encode(["x"]).shape == (1, 32)
 
 
+def test_init_where_the_tokenizer_names_no_padding(backbone, tok, texts_file, tmp_path):
+    """Then some token serves as padding, which the checkpoint names: still the same vocabulary."""
+    from transformers import PreTrainedTokenizerFast
+    mine = shutil.copytree(backbone, tmp_path / "mine")
+    for name in "tokenizer.json", "tokenizer_config.json":
+        (mine / name).unlink()
+    PreTrainedTokenizerFast(tokenizer_object=tok.backend_tokenizer).save_pretrained(mine)
+    first = train(config(mine, texts_file, tmp_path / "a", steps=1))
+    assert train(config(mine, texts_file, tmp_path / "b", steps=1, init=first))
+
+
 def test_stages_and_none(backbone, texts_file, tmp_path):
     none = train(Config(backbone=str(backbone), out=str(tmp_path / "none"), method="none", device="cpu"))
     first = train(config(backbone, texts_file, tmp_path / "first"))
