@@ -230,7 +230,7 @@ def test_no_text_with_a_target(tok, tmp_path):
     (tmp_path / "a.txt").write_text("the and of\n1 2 3\n")
     words = read_vocabulary(tok, len(tok))
     tokens = tokenize_corpus(str(tmp_path / "a.txt"), tok, 128)
-    with pytest.raises(Error, match="no text has a target token"):
+    with pytest.raises(Error, match="no text has a single target token"):
         build_targets(Config(method="data", top_k=4), tokens, words, model=None, tok=tok)
 
 
