@@ -382,7 +382,7 @@ def build_targets(config, tokens, words, *, model, tok, target_fn=None):
                 valid += (i >= 0).any(1).sum()
                 bar.update(len(rows))
         if not valid:
-            raise Error("--corpus: expected words that are known, but no text has a single target token")
+            raise Error("--corpus: expected words to learn from, but no text has a single target token")
         mean /= valid
         # mean_b KL(q_b || m) = mean_b sum q_b log q_b - sum m log m
         np.save(folder / "marginal_kl.npy",
