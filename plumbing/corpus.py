@@ -23,7 +23,8 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from plumbing.cache import cached, file_stamps, files_below, hash_of, source_hash
+from plumbing.cache import (cache_path, cached, file_stamps, files_below, hash_of, source_hash,
+                            write_whole)
 from plumbing.cli import Error, why
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
@@ -68,7 +69,7 @@ def mended(text):
 
 def fingerprint(source):
     """Tells corpora apart without reading them: names, sizes, times of files; versions of packages; the
-    commit on the hub, where it answers."""
+    commit on the hub, or the last one that it gave."""
     source = str(source)
     if source == "docstrings":
         from importlib.metadata import packages_distributions, version
@@ -79,10 +80,13 @@ def fingerprint(source):
         name = source.split(":")[1]
         if Path(name).exists():                    # datasets reads a folder, too
             return [source, file_stamps(name, ("",))]
+        known = cache_path("hub", hash_of(name))
         try:
-            return [source, HfApi().dataset_info(name, timeout=10).sha]
-        except Exception:                          # no network, no such name: `hub` says so, if it must read
-            return source
+            known.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(known, HfApi().dataset_info(name, timeout=10).sha)
+        except Exception:                          # no network: the commit that the hub gave last
+            pass                                   # no such name: `hub` says so, if it must read
+        return [source, known.read_text() if known.is_file() else None]
     path = Path(source)
     return file_stamps(path, SUFFIXES)
 

@@ -136,6 +136,23 @@ def test_a_hub_folder_that_changes_is_read_again(tmp_path):
     assert "hub:no/such-name" in corpus.fingerprint("hub:no/such-name")          # offline, or no such name
 
 
+def test_a_hub_data_set_is_known_by_its_commit_offline_too(tmp_path, monkeypatch):
+    """Read where there is a network, trained on where there is none: the same entry of the cache."""
+    import huggingface_hub
+    monkeypatch.setenv("T2T_CACHE", str(tmp_path))
+    found, answers = [], ["a" * 40, None, "b" * 40, None]
+
+    def dataset_info(self, name, timeout):
+        sha = answers.pop(0)
+        if sha is None:
+            raise ConnectionError("no network")
+        return SimpleNamespace(sha=sha)
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", dataset_info)
+    while answers:
+        found.append(corpus.fingerprint("hub:me/data:text"))
+    assert found[0] == found[1] != found[2] == found[3]
+
+
 def test_packages_may_be_installed_below_a_folder_called_testing(tmp_path, monkeypatch):
     package = tmp_path / "testing" / "thing"
     (package / "tests").mkdir(parents=True)
