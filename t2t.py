@@ -53,6 +53,7 @@ class Config:
     max_length: int = setting(64, "tokens per text in training; in use at least 256", least=1)
     batch_size: int = setting(32, "texts per step", TRAINED, least=1)
     micro_batch: int = setting(8, "texts per forward pass (more if short)", TRAINED, least=1)
+    grad_checkpointing: bool = setting(False, "compute layers again in backward: less memory", TRAINED)
     steps: int = setting(80, "optimiser steps", TRAINED, least=1)
     lr: float | None = setting(None, "peak rate (default 1e-3, mntp 3e-4)", TRAINED, least=1e-12)
     lora_rank: int = setting(16, "of LoRA; 0: all weights learn, except embedding and head", TRAINED, least=0)
@@ -82,7 +83,6 @@ import math
 import tempfile
 import time
 import unicodedata
-from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -91,16 +91,14 @@ import peft
 import torch
 import torch.nn.functional as F
 from peft.helpers import disable_input_dtype_casting
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint as recomputed
 from tqdm import tqdm
 
 from build_ext import compiled
-from plumbing import folders, processes
-from plumbing.arguments import check_own_targets, check_targets, check_words, settle
-from plumbing.arguments import scatter_targets  # noqa: F401 (re-exported)
-from plumbing.backbones import (add_adapters, check_head, fetched, identity_of, origin, positions,
-                                read_backbone, usable_length)
+from plumbing import folders, memory, processes
+from plumbing.arguments import check_own_targets, check_targets, check_words, scatter_targets, settle  # noqa
+from plumbing.backbones import (add_adapters, attention_kernel, check_head, fetched, identity_of, origin,
+                                positions, read_backbone, usable_length)
 from plumbing.baselines import mntp, simcse, token_entropy
 from plumbing.cache import cached, hash_of, source_hash
 from plumbing.corpus import blocks, is_unspaced, tokenize, tokenize_corpus
@@ -231,8 +229,7 @@ def load_backbone(name, attention, dtype=torch.float32, option="--backbone"):
 
 def hidden_states(model, ids, mask):
     """ids (B,T), mask (B,T) -> x (B,T,C): what the model hands to its head."""
-    plain = ids.device.type == "cpu" and torch.is_grad_enabled()   # trains 19 texts/s, fused attention 13
-    with sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():
+    with attention_kernel(ids.device.type):
         return model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
 
 
@@ -666,6 +663,7 @@ def fit(model, embedder, config, *, out, tokens, q, on_step):
     print(f"{sum(p.numel() for p in params):,} weights learn, rate {config.lr:g}, {config.attention}, "
           f"s = {embedder.scale:g}; {len(tokens):,} texts, {config.steps} steps of {B}; {config.dtype} on "
           f"{device}, loss by {config.impl}", flush=True)
+    print(memory.of_step(forward, H, model, int(lengths.max()), config), flush=True)
 
     log = folders.open_log(out, "a" if resumed else "w")
     bar = tqdm(total=config.steps * B, initial=resumed * B, unit=" texts", desc="train", disable=bool(RANK))
@@ -778,6 +776,8 @@ def train(config, targets=None, on_step=None):
     # ---- training, and what the texts of the corpus have in common
     if trains:
         model = make_trainable(model, config.lora_rank, config.seed)
+        if config.grad_checkpointing:
+            memory.recompute_layers(embedder.model)
         facts = fit(model, embedder, config, out=out, tokens=tokens, q=q, on_step=on_step)
         sample = [tokens[n] for n in epoch_permutation(config.seed, 0, len(tokens))[:SAMPLE]]
         embedder.mean = embedder.pooled(sample).mean(0)                                              # (C,)

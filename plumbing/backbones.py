@@ -8,10 +8,12 @@ import functools
 import importlib.util
 import json
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from plumbing.cache import cached, file_hash, file_stamps, hash_of
 from plumbing.cli import Error, why
@@ -226,6 +228,12 @@ def add_adapters(model, settings):
     except ValueError as e:                                     # Mamba computes without calling its maps
         raise Error(f"--lora-rank: expected a model whose linear maps all take adapters, got "
                     f"{model.config.model_type} ({why(e)}): pass --lora-rank 0") from None
+
+
+def attention_kernel(device):
+    """torch's plain attention where a CPU trains: 19 texts/s, where its fused kernel has 13."""
+    plain = device == "cpu" and torch.is_grad_enabled()
+    return sdpa_kernel(SDPBackend.MATH) if plain else nullcontext()
 
 
 def positions(model):

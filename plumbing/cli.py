@@ -112,8 +112,8 @@ def run_command(train, config):
     except (RuntimeError, MemoryError) as e:
         if not isinstance(e, MemoryError) and not re.search("(out of|enough|allocate) memory", str(e)):
             raise
-        end(f"out of memory: lower --micro-batch (now {config.micro_batch}), or --max-length (now "
-            f"{config.max_length})")
+        end(f"out of memory: lower --micro-batch (now {config.micro_batch}) or --max-length (now "
+            f"{config.max_length}), or pass --grad-checkpointing")
 
 
 def end(message, status=2):

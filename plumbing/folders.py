@@ -76,7 +76,7 @@ def aside_of(out):
 
 def identity(config):
     """What a resumed run must share with the one that was interrupted, as far as the settings decide it."""
-    free = ("resume", "overwrite", "save_every", "out", "micro_batch", "prompt")
+    free = ("resume", "overwrite", "save_every", "out", "micro_batch", "grad_checkpointing", "prompt")
     used = {k: v for k, v in dataclasses.asdict(config).items() if k not in free}
     return used | {"weights of the backbone": identity_of(config.backbone),
                    "weights of --init": identity_of(config.init) if config.init else None}

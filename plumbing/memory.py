@@ -1,0 +1,92 @@
+"""The memory of a training step: measured on one text and on two before a run; --grad-checkpointing."""
+import functools
+import os
+import weakref
+from contextlib import nullcontext
+from pathlib import Path
+
+import psutil
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
+
+from plumbing.backbones import attention_kernel
+from plumbing.cli import Error
+
+
+class Peak(TorchDispatchMode):
+    """While it is on: `most`, the largest number of bytes in tensors that operations have made."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.now, self.most, self.seen = 0, 0, weakref.WeakSet()
+        self.old = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        out = op(*args, **kwargs or {})
+        for t in tree_leaves(out):
+            memory = t.untyped_storage() if isinstance(t, torch.Tensor) else None
+            if memory is not None and memory not in self.seen and memory.data_ptr() not in self.old:
+                self.seen.add(memory)                                  # views share the memory of another
+                self.now += memory.nbytes()
+                weakref.finalize(memory, self.freed, memory.nbytes())
+                self.most = max(self.most, self.now)
+        return out
+
+    def freed(self, size):
+        self.now -= size
+
+
+def of_step(forward, H, model, T, config):
+    """One line: what a step takes beside the model, what is free; if that is less, which flag to lower. It
+    is measured on one text of T tokens, the longest of the corpus, and on two: activations, logits,
+    gradients; AdamW's moments are added. forward: as in t2t.fit; H: its Head, which mntp uses at a fifth of
+    the positions."""
+    params = [p for p in model.parameters() if p.requires_grad]
+
+    def peak(n):
+        rows = torch.zeros(n, max(1, T), dtype=torch.long, device=params[0].device)                 # (n,T)
+        with Peak(model) as seen:
+            x, h = forward(rows, torch.ones_like(rows))
+            H(x[:, ::5] if config.method == "mntp" else h).float().logsumexp(-1).sum().backward()
+        for p in params:
+            p.grad = None
+        return seen.most
+    one, two = peak(1), peak(2)
+    texts = min(config.batch_size, config.micro_batch * config.max_length // max(1, T))
+    return compared(one + (two - one) * (texts - 1) + 8 * sum(p.numel() for p in params),
+                    free(config.device), config)
+
+
+def free(device):
+    """Bytes that this process may still take."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    limit = Path("/sys/fs/cgroup/memory.max")                          # of a container
+    limit = limit.read_text().strip() if limit.is_file() else "max"
+    most = float("inf") if limit == "max" else int(limit) - psutil.Process().memory_info().rss
+    return min(most, psutil.virtual_memory().available) / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def compared(need, there, config):
+    line = f"memory: a step takes about {need / 1e9:.2g} GB more, {there / 1e9:.2g} GB are free"
+    if need < there:
+        return line
+    less = f"lower --micro-batch (now {config.micro_batch})" if config.micro_batch > 1 else (
+        f"lower --max-length (now {config.max_length})")
+    return f"{line}: {less}{'' if config.grad_checkpointing else ', or pass --grad-checkpointing'}"
+
+
+def recompute_layers(model):
+    """--grad-checkpointing: a layer keeps its input alone, and is computed again in backward. The switch of
+    transformers works in training mode alone, in which some models drop states out."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    if not layers:
+        raise Error("--grad-checkpointing: expected a model whose layers can be computed again, got "
+                    f"{model.config.model_type}: leave it out")
+    same_kernel = lambda: (nullcontext(), attention_kernel(model.device.type))
+    for layer in layers:
+        layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False,
+                                          context_fn=same_kernel)
