@@ -7,8 +7,8 @@
     python eval.py ckpt --sparse                          # its sparse vectors against dense, BM25, fusions
 
 CKPT is a sentence-transformers folder, a hub id, or a bare causal LM: a folder, a .gguf file or smollm2 (read
-as it is: causal, mean over tokens); all in float32. Scores are filed in --out under a hash of what is in the
-folder: a retrained checkpoint never gets old ones, and after an interruption the same command goes on. --out
+as it is: causal, mean over tokens). Scores are filed in --out under a hash of what is in the folder, and of
+--dtype: a retrained checkpoint never gets old ones, and after an interruption the same command goes on. --out
 also has the table.
 Exit status: 0 all scored, 2 a mistake in the call, 3 some task not scored, 130 interrupted.
 """
@@ -77,13 +77,14 @@ def digest(files, root, salt=""):
             hashlib.file_digest(stream, lambda: total)
     return total.hexdigest()[:40]
 
-def revision(folder):
-    """What scores are filed under: the contents, and how a bare LM is read, which none of its files says."""
+def revision(folder, dtype="float32"):
+    """What scores are filed under: the contents, and how it is read, which none of its files says."""
     bare = not (folder / "modules.json").is_file()
-    return digest(model_files(folder), folder, f"causal, mean, {BARE_LENGTH}, no template" if bare else "")
+    salt = f"causal, mean, {BARE_LENGTH}, no template" * bare + dtype * (dtype != "float32")
+    return digest(model_files(folder), folder, salt)
 
-def load(path, device="auto"):
-    """A SentenceTransformer in float32 from a checkpoint, a bare causal LM, or a hub id."""
+def load(path, device="auto", dtype="float32"):
+    """A SentenceTransformer from a checkpoint, a bare causal LM, or a hub id."""
     folder = find(path)
     import torch
     import transformers
@@ -94,7 +95,8 @@ def load(path, device="auto"):
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     try:
         modules = None if (folder / "modules.json").is_file() else read_bare(folder, path)
-        model = SentenceTransformer(None if modules else str(folder), modules=modules, device=device).float()
+        model = SentenceTransformer(None if modules else str(folder), modules=modules, device=device)
+        model.to(getattr(torch, dtype))
     except Exception as error:  # truncated weights, a broken tokenizer, shapes that do not fit
         refusal = Error(f"expected a model that loads in {path}, got {brief(error)}; copy it again")
         raise error if isinstance(error, Error) else refusal from None
@@ -215,7 +217,7 @@ def known(task, models, cache):
     found = {k: cache.load_task_result(task.metadata.name, m.mteb_model_meta) for k, m in models.items()}
     return {k: r for k, r in found.items() if r and not r.get_missing_evaluations(task)}
 
-def score(task, models, found, cache, data_dir, batch_size):
+def score(task, models, found, cache, *, data_dir, batch_size):
     """({label: TaskResult}, one line on why there are not more) of one task; its data is loaded once. found:
     what earlier runs have scored, see `known`."""
     import mteb
@@ -269,8 +271,8 @@ def into_card(path, rows, tasks):
     card.data.model_name, card.data.eval_results = path.resolve().parent.name, list((old | new).values())
     write_whole(path, str(card))
 
-def evaluate(paths, tasks=None, data_dir=None, out="runs/mteb", batch_size=32, device="auto",
-             benchmark=BENCHMARK, command=""):
+def evaluate(paths, tasks=None, data_dir=None, out="runs/mteb", *, batch_size=32, device="auto",
+             dtype="float32", benchmark=BENCHMARK, command=""):
     """Score checkpoints on tasks (names; None: all of the benchmark); the table, also written to `out`."""
     offline(data_dir)
     start, folders = time.time(), {path: find(path) for path in paths}
@@ -284,8 +286,9 @@ def evaluate(paths, tasks=None, data_dir=None, out="runs/mteb", batch_size=32, d
     models, names = {}, [Path(os.path.abspath(path)).name for path in folders]
     for name, (path, folder) in zip(names, folders.items()):
         # mteb calls every local folder alike and would serve one the scores of another: we name them.
-        filed = {"name": f"local/{name}" if Path(path).exists() else path, "revision": revision(folder)}
-        model = mteb.models.SentenceTransformerEncoderWrapper(load(path, device))
+        filed = {"name": f"local/{name}" if Path(path).exists() else path,
+                 "revision": revision(folder, dtype)}
+        model = mteb.models.SentenceTransformerEncoderWrapper(load(path, device, dtype))
         model.mteb_model_meta = model.mteb_model_meta.model_copy(update=filed)
         models[path if names.count(name) > 1 else name] = model
     cache, rows, missing = mteb.ResultCache(out), [], {}
@@ -299,7 +302,8 @@ def evaluate(paths, tasks=None, data_dir=None, out="runs/mteb", batch_size=32, d
     print(f"{len(tasks)} tasks, {left(0)}", file=sys.stderr, flush=True)
     for number, task in enumerate(tasks, 1):
         name, began = task.metadata.name, time.time()
-        found, reason = score(task, models, done[number - 1], cache, data_dir, batch_size)
+        found, reason = score(task, models, done[number - 1], cache, data_dir=data_dir,
+                              batch_size=batch_size)
         missing |= {name: reason} if reason else {}
         rows.append({"task": name, "type": task.metadata.type, "metric": task.metadata.main_score,
                      "scores": {k: round(100 * found[k].get_score(), 4) for k in models if k in found},
@@ -308,7 +312,8 @@ def evaluate(paths, tasks=None, data_dir=None, out="runs/mteb", batch_size=32, d
               f"({reason or f'{time.time() - began:.1f} s'}; {left(number)})", file=sys.stderr, flush=True)
     table = {"command": command, "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
              "seconds": round(time.time() - start, 1), "threads": torch.get_num_threads(),
-             "batch_size": batch_size, "device": str(next(iter(models.values())).model.device),
+             "batch_size": batch_size, "dtype": dtype,
+             "device": str(next(iter(models.values())).model.device),
              "versions": {p: version(p) for p in ("mteb", "torch", "transformers", "sentence-transformers")},
              "revisions": {label: model.mteb_model_meta.revision for label, model in models.items()},
              "tasks": rows, **means(rows, list(models)), "missing": missing}
@@ -348,14 +353,15 @@ def render(table):
     text = [f"| {' | '.join(pad(*cell) for pad, *cell in zip(pads, row, widths))} |" for row in cells] + [""]
     text += [f"- not scored: {task}: {reason}" for task, reason in table["missing"].items()]
     versions = ", ".join(" ".join(pair) for pair in table["versions"].items())
-    text += [f"Scores x 100; {table['seconds']} s on {table['device']}, threads {table['threads']}, "
-             f"batch size {table['batch_size']}; {versions}; {table['date']}; `{table['command']}`"]
+    text += [f"Scores x 100; {table['seconds']} s in {table['dtype']} on {table['device']}, threads "
+             f"{table['threads']}, batch size {table['batch_size']}; {versions}; {table['date']}; "
+             f"`{table['command']}`"]
     return "\n".join(text) + "\n"
 
 # ----------------------------------------------------------------------------------- 4. --sparse
 SPARSE_TASKS = ["SciFact", "LIMITSmallRetrieval", "STS12", "STS13", "STSBenchmark"]
 
-def compare_sparse(path, tasks, batch_size, device):
+def compare_sparse(path, tasks, *, batch_size, device, dtype="float32"):
     """Scores x 100 of dense, sparse, BM25 and their fusions on mteb tasks -> {row: {column: value}}, and
     {task: why it has no scores}"""
     import mteb
@@ -366,8 +372,9 @@ def compare_sparse(path, tasks, batch_size, device):
     folder = find(path) / "sparse"
     if not (folder / "modules.json").is_file():
         raise Error(f"expected CKPT/sparse for --sparse, got none in {path}; train it with t2t.py")
-    dense = load(path, device)                         # it looks whether the device is there
+    dense = load(path, device, dtype)                  # it looks whether the device is there
     sparse_encoder = SparseEncoder(str(folder), device=None if device == "auto" else device)
+    sparse_encoder.to(dense.dtype)
     encoders = {"dense": SentenceTransformerEncoderWrapper(dense),
                 "sparse": SparseEncoderWrapper(sparse_encoder)}
     table, missing, options = {}, {}, {"batch_size": batch_size, "show_progress_bar": False}
@@ -417,8 +424,8 @@ def render_sparse(table, tasks):
         lines.append(f"| {name} | " + " | ".join(show) + " |")
     return "\n".join(lines) + "\n"
 
-def evaluate_sparse(paths, tasks=None, data_dir=None, out="runs/mteb", batch_size=32, device="auto",
-                    benchmark=BENCHMARK, command=""):
+def evaluate_sparse(paths, tasks=None, data_dir=None, out="runs/mteb", *, batch_size=32, device="auto",
+                    dtype="float32", benchmark=BENCHMARK, command=""):
     """The table of each checkpoint, and which tasks have no scores; tables also go to OUT/sparse-NAME.json
     and .md, NAME the folder's (with the folders above it, if two are called alike)."""
     offline(data_dir)
@@ -433,10 +440,10 @@ def evaluate_sparse(paths, tasks=None, data_dir=None, out="runs/mteb", batch_siz
         chosen = pick(tasks or (SPARSE_TASKS if benchmark == BENCHMARK else None), benchmark)
         chosen = [localize(t, data_dir) if data_dir else t for t in chosen]
         t0 = time.time()
-        table, missing = compare_sparse(path, chosen, batch_size, device)
+        table, missing = compare_sparse(path, chosen, batch_size=batch_size, device=device, dtype=dtype)
         all_missing |= missing
         date = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
-        facts = {"command": command, "date": date, "rows": table, "missing": missing,
+        facts = {"command": command, "date": date, "dtype": dtype, "rows": table, "missing": missing,
                  "seconds": round(time.time() - t0, 1), "threads": torch.get_num_threads(),
                  "versions": {p: version(p) for p in ("mteb", "torch", "sentence-transformers", "bm25s")}}
         found = [t.metadata.name for t in chosen if t.metadata.name not in missing]
@@ -458,6 +465,8 @@ def main(argv=None):
     parser.add_argument("--out", metavar="DIR", default="runs/mteb", help="default: %(default)s")
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="default: %(default)s")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32",
+                        help="of arithmetic; bfloat16 is faster where the processor computes it")
     parser.add_argument("--sparse", action="store_true", help="compare sparse vectors, dense ones and BM25")
     args = parser.parse_args(argv)
     print_anything()

@@ -45,7 +45,7 @@ def matrix(x):
     """What an encoder gives -> rows of length 1, for cosines: (N,C), or, if sparse, CSR (N,V)."""
     if getattr(x, "is_sparse", False):
         x = x.coalesce().cpu()
-        return normalize(csr_matrix((x.values().numpy(), x.indices().numpy()), shape=tuple(x.shape)))
+        return normalize(csr_matrix((x.values().float().numpy(), x.indices().numpy()), shape=tuple(x.shape)))
     return normalize(np.asarray(x, np.float32))
 
 

@@ -145,6 +145,19 @@ def test_scores_are_filed_under_the_content_hash(bare, data, tmp_path, encoded, 
     assert again[0]["scores"]["lm"] == pytest.approx(row["scores"]["lm"], abs=1e-3)  # mteb rounds to 6 digits
 
 
+def test_scores_in_bfloat16_are_filed_apart(bare, data, tmp_path, capsys):
+    import torch
+    arguments = (bare, "--tasks", "STSBenchmark", "--data-dir", data, "--out", tmp_path, "--device", "cpu")
+    tables = []
+    for dtype in ("float32", "bfloat16"):
+        assert run(*arguments, "--dtype", dtype) == 0
+        tables.append(json.loads((tmp_path / "table.json").read_text()))
+    exact, rough = (table["tasks"][0]["scores"]["lm"] for table in tables)
+    assert exact == pytest.approx(rough, abs=5) and [t["dtype"] for t in tables] == ["float32", "bfloat16"]
+    assert len(filed(tmp_path)) == 2 and "s in bfloat16 on cpu" in capsys.readouterr().out
+    assert ev.load(bare, "cpu", "bfloat16").dtype == torch.bfloat16
+
+
 def test_expected_work_is_what_mteb_encodes():
     """By hand from mteb's statistics: all texts of STS, all queries, cut documents, 4 % of a clustering
     task."""
@@ -506,7 +519,8 @@ def test_means_by_hand():
     assert ev.means(rows[3:], ["a", "b"])["mean_task"] == {"a": None, "b": None}
 
     table = {"command": "python eval.py a b", "date": "today", "seconds": 1, "threads": 1, "batch_size": 32,
-             "device": "cpu", "versions": {"mteb": "2"}, "revisions": {"a": "0", "b": "1"}, "tasks": rows,
+             "device": "cpu", "dtype": "float32", "versions": {"mteb": "2"}, "tasks": rows,
+             "revisions": {"a": "0", "b": "1"},
              "missing": {"s": "no data"}, **found}
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in ev.render(table).splitlines()]
     assert ["STS", "p", "m", "80.00", "90.00"] in lines and ["Clustering", "s", "m", "99.00", "-"] in lines

@@ -50,7 +50,7 @@ def test_fusion_by_hand():
 
 def test_a_checkpoint_without_sparse_is_refused(backbone):
     with pytest.raises(Error, match="expected CKPT/sparse"):
-        ev.compare_sparse(str(backbone), [], 8, "cpu")
+        ev.compare_sparse(str(backbone), [], batch_size=8, device="cpu")
 
 
 # ---------------------------------------------------------------------- through mteb, on a made-up SciFact
@@ -104,10 +104,14 @@ def test_the_whole_table(scifact, backbone, texts_file, tmp_path, capsys, monkey
     again = tmp_path / "copy" / "ckpt"
     shutil.copytree(ckpt, again)
     assert ev.main([ckpt, str(again), "--sparse", "--tasks", "SciFact", "STS12", "--data-dir", str(scifact),
-                    "--out", str(tmp_path / "two"), "--device", "cpu"]) == 3
+                    "--out", str(tmp_path / "two"), "--device", "cpu", "--dtype", "bfloat16"]) == 3
     assert "- not scored: STS12: " in capsys.readouterr().out
     names = sorted(f.name for f in (tmp_path / "two").glob("*.json"))
     assert len(names) == 2 and all(name.endswith("ckpt.json") for name in names)
+    rough = json.loads((tmp_path / "two" / names[0]).read_text())
+    assert rough["dtype"] == "bfloat16"
+    for name, row in rough["rows"].items():                            # 30 queries: a rank or two may change
+        assert row["SciFact"] == pytest.approx(rows[name]["SciFact"], abs=5)
     # dense as mteb alone scores the same checkpoint: nothing is lost on the way through our store
     [task] = ev.evaluate([ckpt], ["SciFact"], str(scifact), tmp_path / "plain", device="cpu")["tasks"]
     assert task["scores"]["ckpt"] == pytest.approx(rows["dense"]["SciFact"], abs=0.01)
