@@ -404,8 +404,8 @@ def interval(values):
 
 
 def report(a):
-    """compare-CORPUS-TEXTS.json and .md from all that stands in --runs; rows and claims of other methods that
-    were published before stay"""
+    """compare-CORPUS-TEXTS.json and .md from all that stands in --runs; what was published before of other
+    methods and seeds stays. Claims need the pairs of each run: of these, they have what stands in --runs."""
     runs, order = {}, [*NAMES, *RUNS]
     published = ROOT / "results" / f"compare-{Path(a.corpus).stem}-{a.texts}.json"
     keep = a.publish and published.exists()
@@ -415,12 +415,17 @@ def report(a):
         runs.setdefault((facts := json.loads(str(arrays.pop("facts"))))["name"], []).append((facts, arrays))
     table = {}
     for name in sorted(set(runs) & set(order), key=order.index):
-        row = table[name] = {"settings": RUNS.get(name, "an untrained baseline"),
-                             "seeds": sorted(f["seed"] for f, _ in runs[name] if name in RUNS),
-                             "runs": [without_folders({k: f[k] for k in ("seed", "scores", *KEPT, "commit")
-                                                       if k in f}) for f, _ in runs[name]]}
+        settings, seeds = RUNS.get(name, "an untrained baseline"), {f["seed"] for f, _ in runs[name]}
+        before = old["rows"].get(name, {})
+        kept = before.get("runs", []) if before.get("settings") == settings else []
+        made = [f for f in kept if f["seed"] not in seeds] + [
+            without_folders({k: f[k] for k in ("seed", "scores", *KEPT, "commit") if k in f})
+            for f, _ in runs[name]]
+        made.sort(key=lambda f: f["seed"])
+        row = table[name] = {"settings": settings, "seeds": [f["seed"] for f in made if name in RUNS],
+                             "runs": made}
         for how in ("raw", "whitened"):
-            scores = [f["scores"][how] for f, _ in runs[name] if how in f["scores"]]
+            scores = [f["scores"][how] for f in made if how in f["scores"]]
             if not scores:
                 continue
             for x in scores:

@@ -115,6 +115,23 @@ def test_two_stages_from_nothing(data, backbone, texts_file, tmp_path, monkeypat
     compare.main()
     assert (tmp_path / "runs" / "compare-texts-256.md").read_text() == table
 
+    # published before: another seed of one run, another method; the runs at hand are added to them
+    published = tmp_path / "results" / "compare-texts-256.json"
+    published.parent.mkdir()
+    other = {"seed": 3, "scores": {"raw": {"STS12": 1.0, "STSBenchmark": 5.0}}}
+    published.write_text(json.dumps({"claims": [], "rows": {
+        name: {"settings": compare.RUNS[name], "seeds": [3], "runs": [other], "raw": {}}
+        for name in ("mntp, simcse", "both")}}))
+    monkeypatch.setattr(compare, "ROOT", tmp_path)
+    monkeypatch.setattr(sys, "argv", [*args, "--publish"])
+    compare.main()
+    rows = json.loads(published.read_text())["rows"]
+    assert {name: row["seeds"] for name, row in rows.items()} == {
+        "mntp, simcse": [1, 2, 3], "both, causal": [1, 2], "both": [3]}
+    scores = [r["scores"]["raw"]["STS12"] for r in rows["mntp, simcse"]["runs"]]
+    assert rows["mntp, simcse"]["raw"]["STS12"][0] == pytest.approx(np.mean(scores), abs=0.01)
+    assert scores[2] == 1.0
+
 def test_validation_by_hand(tmp_path):
     """Vectors in the plane. Ranks of the pairs' cosines are those of their scores but for one swap of
     neighbours: Spearman 1 - 6 * 2 / (4 * 15) = 0.8. Labels on two axes are told apart. Query 0 finds its
