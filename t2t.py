@@ -17,7 +17,7 @@ should light up the tokens that the text is about (give them probability). Text2
 
 After the settings come six parts, each built on those above it: words, network, targets, loss, embedder,
 training. PAPER: marks what the abstract of arXiv 2510.10224 states, OURS: a choice made here, as the form of
-the equations above: only the abstract could be read. plumbing/ holds files, checks and the baselines' losses.
+the equations above: only the abstract could be read. plumbing/ holds files, checks, the baselines' losses.
 """
 from dataclasses import asdict, dataclass, field
 
@@ -91,17 +91,17 @@ import peft
 import torch
 import torch.nn.functional as F
 from peft.helpers import disable_input_dtype_casting
-from torch.utils.checkpoint import checkpoint as recomputed
 from tqdm import tqdm
 
 from build_ext import compiled
 from plumbing import folders, memory, processes
-from plumbing.arguments import check_own_targets, check_targets, check_words, scatter_targets, settle  # noqa
+from plumbing.arguments import check_own_targets, check_targets, check_words, settle
 from plumbing.backbones import (add_adapters, attention_kernel, check_head, fetched, identity_of, origin,
                                 positions, read_backbone, usable_length)
 from plumbing.baselines import mntp, simcse, token_entropy
 from plumbing.cache import cached, hash_of, source_hash
 from plumbing.corpus import blocks, is_unspaced, tokenize, tokenize_corpus
+from plumbing.losses import linear_vocab_kl, scatter_targets  # noqa: F401 (re-exported)
 
 # --------------------------------------------------------------------------------------------------- 1. words
 # tokenize_corpus writes the ids of all texts to disk, one text after the other: tokens.ids. Text n, (T,), is
@@ -141,7 +141,8 @@ def read_vocabulary(tok, V):
     canonical_id[v] is -1 for specials, punctuation, numbers, stop words, single letters and pieces that only
     continue a word. Otherwise it is the id of the form in lower case with a space in front (" paris" for
     "Paris"), or of the closest form that the vocabulary has."""
-    canonical_id, is_continuation, ends_in_letter, has_space = np.full(V, -1), *np.zeros((3, V), bool)
+    canonical_id = np.full(V, -1)
+    is_continuation, ends_in_letter, has_space = np.zeros((3, V), bool)
     spelling, forms = [""] * V, {}
     raw = tok.convert_ids_to_tokens(list(range(min(V, len(tok)))))    # V may be padded beyond the tokenizer
     special, added = set(tok.all_special_ids), set(tok.get_added_vocab().values())
@@ -188,7 +189,8 @@ def document_frequency(tokens, words):
     for block in blocks(range(len(tokens)), 4096):
         row, word = find_words(words, tokens.ids[tokens.start[block[0]]:tokens.start[block[-1] + 1]],
                                lengths[block])
-        df += np.bincount(np.unique(row * len(df) + word) % len(df), minlength=len(df))
+        pairs = np.unique(row * len(df) + word)                        # each word of each text once
+        df += np.bincount(pairs % len(df), minlength=len(df))
     return df
 
 
@@ -278,7 +280,7 @@ def data_targets(ids, words, idf, K, *, temperature):
     order = np.lexsort((word, -weight, row))                           # by text, heaviest first, ties by id
     row, word, weight = row[order], word[order], weight[order]
     first = np.searchsorted(row, row)                                  # the position where its text begins
-    weight, rank = (weight / weight[first]) ** (1 / temperature), np.arange(len(row)) - first
+    weight, rank = (weight / weight[first]) ** (1 / temperature), np.arange(len(row)) - first   # no overflow
     row, word, weight, rank = (x[rank < K] for x in (row, word, weight, rank))
     indices, probs = np.full((n, K), -1, np.int32), np.zeros((n, K), np.float32)
     indices[row, rank] = word
@@ -293,7 +295,7 @@ ONE_WORD = 'This text: "{}" means in one word: "'      # OURS, in the manner of 
 def predict(ids, model, tok):
     """list of n id arrays -> log p (n,V): what the frozen causal backbone says when asked for one word."""
     special, H = set(tok.all_special_ids), head(model)
-    front = [*itertools.takewhile(special.__contains__, tok(ONE_WORD)["input_ids"])]    # such as <s>; no </s>
+    front = [*itertools.takewhile(special.__contains__, tok(ONE_WORD)["input_ids"])]      # <s>, not </s>
     before, after = (tok(part, add_special_tokens=False)["input_ids"] for part in ONE_WORD.split("{}"))
     room = positions(model) - len(front + before + after)              # a text is cut, the question is not
     rows = [front + before + [i for i in row.tolist() if i not in special][:room] + after for row in ids]
@@ -305,16 +307,16 @@ def predict(ids, model, tok):
     return out
 
 
-def model_targets(log_p, usual, words, K, *, temperature):
-    """log p (n,V), usual (V,) the mean of log p over the corpus -> indices (n,K), probs (n,K): the words that
-    the backbone predicts for this text and not for texts in general. They may stand in the text.
+def model_targets(log_p, mean_log_p, words, K, *, temperature):
+    """log p (n,V), its mean over the corpus (V,) -> indices (n,K), probs (n,K): the words that the backbone
+    predicts for this text and not for texts in general. They may stand in the text.
 
         r_b(v) = log p(v | b) - mean_b' log p(v | b'),      q_b = softmax of the K largest r_b / temperature
 
     A word scores the maximum over its variants. PAPER: "model-derived": tokens *beyond* a text. OURS: how."""
     canonical_id = torch.from_numpy(words.canonical_id)
-    r = (log_p - usual).masked_fill(canonical_id < 0, -torch.inf)                                    # (n,V)
-    to = canonical_id.clamp_min(0).expand_as(r)      # no word: to token 0 too, where its -inf changes nothing
+    r = (log_p - mean_log_p).masked_fill(canonical_id < 0, -torch.inf)                               # (n,V)
+    to = canonical_id.clamp_min(0).expand_as(r)      # no word: its r is -inf, so the maximum at 0 stays
     best = torch.full_like(r, -torch.inf).scatter_reduce_(1, to, r, "amax")                          # (n,V)
     r, i = best.topk(K, 1)                                                                           # (n,K)
     p = F.softmax(r / temperature, 1)
@@ -337,17 +339,17 @@ def method_targets(config, tokens, words, *, model, tok):
         idf = np.log(len(tokens) / np.maximum(1, document_frequency(tokens, words)))
     if config.method in ("model", "both"):
         sample = [tokens[n] for n in epoch_permutation(config.seed, 0, len(tokens))[:SAMPLE]]
-        parts = blocks(tqdm(sample, "usual"), 64)
-        usual = sum(predict(part, model, tok).sum(0) for part in parts) / len(sample)                 # (V,)
-    if config.method == "data":
-        return lambda ids: data_targets(ids, words, idf, K, temperature=temperature)
-    if config.method == "model":
-        return lambda ids: model_targets(predict(ids, model, tok), usual, words, K, temperature=temperature)
+        parts = blocks(tqdm(sample, "mean of log p"), 64)
+        mean_log_p = sum(predict(part, model, tok).sum(0) for part in parts) / len(sample)            # (V,)
+    of_data = lambda ids, K: data_targets(ids, words, idf, K, temperature=temperature)
+    of_model = lambda ids, K: model_targets(predict(ids, model, tok), mean_log_p, words, K,
+                                            temperature=temperature)
+    if config.method != "both":
+        return lambda ids: (of_data if config.method == "data" else of_model)(ids, K)
 
     def both(ids):
         # OURS: half each, K/2 tokens a side (no words: the model's alone); a token on both sides: the sum
-        sides = (data_targets(ids, words, idf, K - K // 2, temperature=temperature),
-                 model_targets(predict(ids, model, tok), usual, words, K // 2, temperature=temperature))
+        sides = of_data(ids, K - K // 2), of_model(ids, K // 2)
         i, p = (torch.from_numpy(np.concatenate(x, 1)) for x in zip(*sides))
         return [x.numpy() for x in coalesce(i, p / p.sum(1, keepdim=True).clamp_min(1e-30))]
     return both
@@ -393,7 +395,7 @@ def build_targets(config, tokens, words, *, model, tok, target_fn=None):
     if target_fn:                                     # not kept: its name does not tell what it computes
         with tempfile.TemporaryDirectory() as folder:
             write(Path(folder))
-            return load(Path(folder))                 # what is mapped may be removed
+            return load(Path(folder))        # a mapped file can be read after its name has been removed
     # the source text of what makes targets: an edit makes them anew
     made_by = source_hash(sorted(STOP), ONE_WORD, str(SAMPLE), is_unspaced, is_letter, read_vocabulary,
                           find_words, document_frequency, epoch_permutation, Head, head, pad,
@@ -416,7 +418,7 @@ def show_targets(config, tokens, words, *, model, tok, target_fn=None):
 
 
 # ---------------------------------------------------------------------------------------------------- 4. loss
-# Each operation: a few lines of torch, which specify it, and a kernel in csrc/.
+# A few lines of torch, which specify it, and kernels in csrc/. plumbing/losses.py has two more operations.
 REDUCTIONS = ["none", "mean", "sum"]
 
 
@@ -439,35 +441,11 @@ def vocab_kl(logits, indices, probs, reduction="mean", impl="auto", inplace=Fals
         return op(logits, indices, probs, REDUCTIONS.index(reduction))
     x = logits if logits.dtype == torch.float64 else logits.float()
     i, p = coalesce(indices, probs.to(x.dtype))
-    x = x - x.detach().amax(1, keepdim=True)         # no overflow, and what all logits share costs no digits
+    x = x - x.detach().amax(1, keepdim=True)         # no overflow, and a large common offset costs no digits
     log_s = x.exp().sum(1, keepdim=True).log()
     log_softmax = x.gather(1, i.clamp_min(0)) - log_s                  # (N,K) at the targets
     log_softmax = log_softmax.masked_fill(p == 0, 0)                  # 0 log 0 = 0, even if a logit is -inf
     return reduce((torch.special.xlogy(p, p) - p * log_softmax).sum(1), (p > 0).any(1), reduction)
-
-
-def linear_vocab_kl(hidden, weight, indices, probs, bias=None, reduction="mean", impl="auto", check=None,
-                    scale=1.0, softcap=None, chunk=1024):
-    """vocab_kl(head(hidden), indices, probs) that never holds more than `chunk` rows of the logits. Training
-    has few rows per micro-batch and uses vocab_kl: this is for other users.
-
-    hidden (N,C), weight (V,C), bias (V,), scale (its logit_scale) and softcap as in Head. The torch code
-    computes the logits again in backward, the compiled one makes the gradient with the loss."""
-    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
-        raise ValueError("linear_vocab_kl: hidden and weight: expected (N,C) and (V,C), got "
-                         f"{tuple(hidden.shape)} and {tuple(weight.shape)}")
-    check_targets("hidden", hidden, len(weight), indices, probs, reduction, impl, check)
-    if compiled(impl, hidden.device.type):
-        return torch.ops.t2t.linear_vocab_kl(hidden, weight, indices, probs, bias,
-                                             REDUCTIONS.index(reduction), scale, softcap, chunk)
-
-    def rows(h, i, p, *U_and_bias):
-        return vocab_kl(Head(*U_and_bias, scale, softcap)(h), i, p, "none", "torch", check=False)
-
-    chunks = zip(hidden.split(chunk), indices.split(chunk), probs.split(chunk))
-    loss = torch.cat([recomputed(rows, *x, weight, bias, use_reentrant=False, preserve_rng_state=False)
-                      for x in chunks])
-    return reduce(loss, ((indices >= 0) & (probs > 0)).any(1), reduction)
 
 
 def reduce(loss, valid, reduction):
@@ -502,7 +480,7 @@ class Embedder:
 
     @classmethod
     def load(cls, folder, device="cpu"):
-        """A checkpoint of `train`: a folder or a hub id. Another model: causal, mean, 512 tokens."""
+        """A checkpoint of `train`, a folder or a hub id; another model as it is: causal, mean, 512 tokens."""
         folder = fetched(folder)
         facts = folders.read_facts(folder)
         used = facts.get("config", {})
@@ -563,8 +541,8 @@ class Embedder:
 
             y = top_k(max(0, U (h - m))) / |...|          U: the weight of the head, m: mean of h over texts
 
-        For a few texts; SparseEncoder(folder/sparse) gives the same for many, not of length 1. OURS: the
-        abstract has none. Tokens that every text lights up do not tell texts apart, so m is subtracted."""
+        For a few texts; SparseEncoder(folder/sparse) gives the same for many, not of length 1. OURS: sparse
+        vectors. Tokens that every text lights up do not tell texts apart, so m is subtracted."""
         h, H = self.pooled(self.token_ids(texts)), head(self.model)                                 # (N,C)
         with torch.no_grad():
             centred = h if self.mean is None else h - self.mean
@@ -637,14 +615,14 @@ def fit(model, embedder, config, *, out, tokens, q, on_step):
     core, tok, device = embedder.model, embedder.tok, config.device
     H, B, lengths = head(core), min(config.batch_size, len(tokens)), tokens.lengths
     params = [p for p in model.parameters() if p.requires_grad]
-    contrasts = config.method == "simcse"  # compares the texts of a batch: their lengths must not be alike
-    # the loss of the best prediction that ignores the text (simcse: any of the batch; mntp: frequencies)
+    contrasts = config.method == "simcse"
+    # the loss of a predictor that does not see the text: for simcse it guesses, for mntp it knows frequencies
     constant_loss = q.marginal_kl if q else math.log(B) if contrasts else token_entropy(tokens, tok)
-    must_stay = folders.identity(config) | {        # for --resume; the loss tells functions of targets apart
+    must_stay = folders.identity(config) | {        # for --resume; own targets are known by this loss alone
         "texts of the corpus": tokens.hash, "the loss that ignores the text": round(constant_loss, 3)}
 
     def forward(ids, mask):                                            # (b,T), (b,T) -> x (b,T,C), h (b,C)
-        # else peft casts the inputs of adapters to float32 and autocast casts them back: a quarter slower
+        # without the second, peft casts what adapters read to float32, and autocast back: a quarter slower
         with (torch.autocast(device, torch.bfloat16, enabled=config.dtype == "bfloat16"),
               disable_input_dtype_casting(model)):
             x = hidden_states(core, ids, mask)
@@ -655,8 +633,9 @@ def fit(model, embedder, config, *, out, tokens, q, on_step):
     if run is None:
         run = {"step": 0, "seconds": 0.0, "scale": 1.0, "losses": []}
         if q:
+            # OURS: by 128 texts that have targets, in the order of training, of at most 16,384 looked at
             some = epoch_permutation(config.seed, 0, len(tokens))[:min(16384, len(q.texts))]
-            some = some[(q.of(some)[0] >= 0).any(1).numpy()][:128]   # OURS: (n,) the first that have targets
+            some = some[(q.of(some)[0] >= 0).any(1).numpy()][:128]                                   # (n,)
             h = embedder.pooled([tokens[n] for n in some], config.micro_batch).to(device)            # (n,C)
             run["scale"] = processes.same(measure_scale(h, H, *(a.to(device) for a in q.of(some))))
     embedder.scale, resumed, earlier, started = run["scale"], run["step"], run["seconds"], time.time()
@@ -670,7 +649,8 @@ def fit(model, embedder, config, *, out, tokens, q, on_step):
     with folders.between_steps() as interrupted, log, bar:          # Ctrl-C appends to `interrupted`
         while run["step"] < config.steps:
             # ------------------------------------------------------------------------------ BEGIN: one step
-            torch.manual_seed(config.seed * 1_000_003 + run["step"] + RANK * 10**9)      # no state to save
+            torch.manual_seed(config.seed * 1_000_003 + run["step"] + RANK * 10**9)    # the same if resumed
+            # no like lengths for simcse, which tells texts of a batch apart: length would do for most
             texts = bucketed_batch(run["step"], config.seed, lengths, B, bucket=1 if contrasts else BUCKET)
             texts = processes.mine(texts)               # (b,) by torchrun: the share of this process
             at_once = config.micro_batch * config.max_length // max(1, lengths[texts].max())
@@ -783,7 +763,7 @@ def train(config, targets=None, on_step=None):
         embedder.mean = embedder.pooled(sample).mean(0)                                              # (C,)
     if RANK:                                                           # the first process writes
         return processes.finished(config.out)
-    if lora:            # merged into the backbone in float32: the copy that trained was rounded to dtype
+    if lora:    # the copy that trained was rounded to dtype: adapters go into one in float32, then are merged
         learned = {name: p.detach().cpu() for name, p in model.named_parameters() if p.requires_grad}
         model = embedder.model = None
         whole = make_trainable(load_backbone(start, config.attention)[0], config.lora_rank, config.seed)

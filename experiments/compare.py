@@ -31,7 +31,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
 import mteb  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from scipy.stats import rankdata, spearmanr  # noqa: E402
+from scipy.stats import rankdata, spearmanr, ttest_ind  # noqa: E402
 from scipy.stats import t as t_distribution  # noqa: E402
 from sklearn.linear_model import LogisticRegression  # noqa: E402
 from sklearn.metrics.pairwise import paired_cosine_distances  # noqa: E402
@@ -405,7 +405,7 @@ def interval(values):
 
 def report(a):
     """compare-CORPUS-TEXTS.json and .md from all that stands in --runs; what was published before of other
-    methods and seeds stays. Claims need the pairs of each run: of these, they have what stands in --runs."""
+    methods and seeds stays. Differences are over pairs and seeds if the pairs of all runs are in --runs."""
     runs, order = {}, [*NAMES, *RUNS]
     published = ROOT / "results" / f"compare-{Path(a.corpus).stem}-{a.texts}.json"
     keep = a.publish and published.exists()
@@ -436,26 +436,36 @@ def report(a):
     tasks = [evaluation.localize(t, a.data_dir) for t in evaluation.pick(STS)] if set(STS) <= scored else []
     for task in tasks:
         task.load_data()
-    claims, pair = [], pairs(tasks)
+    table = {name: (old["rows"] | table)[name] for name in order if name in old["rows"] or name in table}
+    claims, pair, size = [], pairs(tasks), {name: len(row["runs"]) for name, row in table.items()}
     for one, two in CLAIMS:
         for how in ("raw", "whitened"):
             found = lambda name: [(arrays, how if f"{how}/{STS[0]}" in arrays else "raw")
                                   for _, arrays in runs.get(name, [])]
             items = lambda name: [{t: arrays[f"{h}/{t}"] for t in STS} for arrays, h in found(name)]
-            complete = lambda name: found(name) and all(
+            complete = lambda name: found(name) and len(found(name)) == size[name] and all(
                 f"{h}/{t}" in arrays for arrays, h in found(name) for t in STS)
             if complete(one) and complete(two):
                 vectors = " > ".join(dict.fromkeys(found(name)[0][1] for name in (one, two)))
                 claims.append({"claim": f"{one} > {two}", "vectors": vectors,
                                "mean STS": difference(items(one), items(two), pair),
                                "seeds": [len(items(one)), len(items(two))]})
-    made = {(c["claim"], c["vectors"]) for c in claims}
-    claims += [c for c in old["claims"] if (c["claim"], c["vectors"]) not in made]
+    known = lambda: {(c["claim"], c["vectors"]) for c in claims}
+    claims += [c for c in old["claims"] if (c["claim"], c["vectors"]) not in known()
+               and c["seeds"] == [size[name] for name in c["claim"].split(" > ")]]
+    for (one, two), how in itertools.product(CLAIMS, ("raw", "whitened")):
+        x, y = ([f["scores"][how]["mean STS"] for f in table.get(name, {"runs": []})["runs"]
+                 if "mean STS" in f["scores"].get(how, {})] for name in (one, two))
+        if (f"{one} > {two}", how) not in known() and min(len(x), len(y)) > 1:
+            between = ttest_ind(x, y, equal_var=False).confidence_interval()
+            claims.append({"claim": f"{one} > {two}", "vectors": how, "seeds": [len(x), len(y)],
+                           "mean STS": [round(float(v), 2) for v in (np.mean(x) - np.mean(y), *between)],
+                           "over": "seeds alone"})
     claims.sort(key=lambda c: order.index(c["claim"].split(" > ")[1]))
-    table = {name: (old["rows"] | table)[name] for name in order if name in old["rows"] or name in table}
     command = (f"python experiments/compare.py --corpus {Path(a.corpus).name} --texts {a.texts} "
                f"--max-length {a.max_length} --data-dir DIR")
     shared = {f"{s} in {t}": int(np.isin(pair[s], pair[t]).sum()) for s in pair for t in pair if s != t}
+    shared = shared or old.get("test pairs that stand in another task", {})
     facts = {"command": command, "texts a run": a.texts, "test pairs that stand in another task": shared,
              "versions": {p: version(p) for p in ("torch", "transformers", "mteb", "scipy")},
              "rows": table, "claims": claims}
@@ -471,11 +481,13 @@ def report(a):
         cells = [show(row["raw"].get(c)) for c in columns] + [show(row.get("whitened", {}).get("mean STS"))]
         text.append(f"| {name} | {len(row['seeds']) or ''} | {' | '.join(cells)} |")
     text += ["", f"{len(claims)} differences of mean STS, each with a 95 % interval of its own (a twentieth "
-             "may miss), over pairs of texts and seeds; where a trained side has one seed, for that run", "",
+             "may miss), over pairs of texts and seeds (marked *: over seeds alone, by Welch's t, since the "
+             "pairs of some runs were not kept); where a trained side has one seed, for that run", "",
              "| claim | vectors | seeds | difference | 95 % |", "|---|---|---|---:|---:|"]
     for c in claims:
         (n, m), (mean, low, high) = c["seeds"], c["mean STS"]
-        text.append(f"| {c['claim']} | {c['vectors']} | {n}, {m} | {mean:+.2f} | {low:+.2f} to {high:+.2f} |")
+        text.append(f"| {c['claim']} | {c['vectors']} | {n}, {m} | {mean:+.2f} | {low:+.2f} to {high:+.2f}"
+                    f"{' *' if 'over' in c else ''} |")
     Path(out + ".md").write_text("\n".join(text) + "\n")
     print("\n".join(text))
 

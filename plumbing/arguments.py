@@ -1,12 +1,11 @@
-"""Checks that need torch: what this machine has, what vocab_kl takes. And sparse targets as dense rows, which
-training does not need."""
+"""Checks that need torch: what this machine has, what vocab_kl takes."""
 import math
 from dataclasses import replace
 
 import numpy as np
 import torch
 
-from build_ext import choose, compiled
+from build_ext import choose
 from plumbing.cli import Error
 
 # OURS: by validation (results/README.md), with LoRA and batches of 32; mntp was tried at 3e-4 alone.
@@ -81,18 +80,3 @@ def check_targets(name, rows, V, indices, probs, reduction, impl, check):
         expect(-1 <= low and high < V, "indices", f"-1 to V - 1 = {V - 1}", f"{low} to {high}")
         low, high = (x.item() for x in probs.aminmax())                # NaN is neither
         expect(low >= 0 and high < math.inf, "probs", "finite and not negative", f"{low} to {high}")
-
-
-def scatter_targets(indices, probs, V=None, out=None, impl="auto", check=None):
-    """Sparse targets as dense rows: q (N,V) of the type of probs, or, added to `out` (N,V) in place, out."""
-    V = V if out is None else out.shape[1]
-    rows = probs.new_empty(len(probs), 0) if out is None else out
-    check_targets("out", rows, V, indices, probs, "none", impl, check)
-    if compiled(impl, probs.device.type):
-        out = probs.new_zeros(len(probs), V) if out is None else out
-        torch.ops.t2t.scatter_targets_(out, indices, probs)
-        return out
-    A = torch.float64 if rows.dtype == torch.float64 else torch.float32
-    q = torch.zeros(len(rows), V + 1, dtype=A, device=rows.device)     # column V takes what is padding
-    q = q.scatter_add_(1, indices.long().where(indices >= 0, V), probs.to(A))[:, :V]
-    return q.to(probs.dtype) if out is None else out.copy_(q.add_(out))

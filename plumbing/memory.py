@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from plumbing.backbones import attention_kernel
-from plumbing.cli import Error
+from plumbing.cli import WORLD, Error
 
 
 class Peak(TorchDispatchMode):
@@ -21,7 +21,8 @@ class Peak(TorchDispatchMode):
     def __init__(self, model):
         super().__init__()
         self.now, self.most, self.seen = 0, 0, weakref.WeakSet()
-        self.old = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+        old = [*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters())]
+        self.old = {t.untyped_storage().data_ptr() for t in old if t is not None}
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         out = op(*args, **kwargs or {})
@@ -39,24 +40,28 @@ class Peak(TorchDispatchMode):
 
 
 def of_step(forward, H, model, T, config):
-    """One line: what a step takes beside the model, what is free; if that is less, which flag to lower. It
-    is measured on one text of T tokens, the longest of the corpus, and on two: activations, logits,
-    gradients; AdamW's moments are added. forward: as in t2t.fit; H: its Head, which mntp uses at a fifth of
-    the positions."""
+    """One line: what a step takes in addition to the weights, what is free; if that is less, which flag to
+    lower. Activations and logits are measured, of one text and of two of T tokens, the longest of the corpus;
+    gradients and AdamW's moments are counted. forward: as in t2t.fit; H: its Head, which mntp uses at a fifth
+    of the positions."""
     params = [p for p in model.parameters() if p.requires_grad]
+    for p in params:                                   # as in every micro-batch but the first
+        p.grad = torch.zeros_like(p)
 
     def peak(n):
         rows = torch.zeros(n, max(1, T), dtype=torch.long, device=params[0].device)                 # (n,T)
         with Peak(model) as seen:
             x, h = forward(rows, torch.ones_like(rows))
             H(x[:, ::5] if config.method == "mntp" else h).float().logsumexp(-1).sum().backward()
-        for p in params:
-            p.grad = None
         return seen.most
     one, two = peak(1), peak(2)
-    texts = min(config.batch_size, config.micro_batch * config.max_length // max(1, T))
-    return compared(one + (two - one) * (texts - 1) + 8 * sum(p.numel() for p in params),
-                    free(config.device), config)
+    for p in params:
+        p.grad = None
+    own, at_once = max(1, config.batch_size // WORLD), config.micro_batch * config.max_length // max(1, T)
+    readings = 2 if config.method == "simcse" and own <= at_once else 1          # held at once
+    activations = one + (two - one) * (readings * min(own, at_once) - 1)
+    size = 4 * sum(p.numel() for p in params)
+    return compared(max(activations, size) + 3 * size, free(config.device), config)    # AdamW's own: a size
 
 
 def free(device):
@@ -79,8 +84,8 @@ def compared(need, there, config):
 
 
 def recompute_layers(model):
-    """--grad-checkpointing: a layer keeps its input alone, and is computed again in backward. The switch of
-    transformers works in training mode alone, in which some models drop states out."""
+    """--grad-checkpointing: a layer keeps only its input, and is computed again in backward. The switch of
+    transformers works only in training mode, in which some models drop states out."""
     from transformers.modeling_layers import GradientCheckpointingLayer
     layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
     if not layers:

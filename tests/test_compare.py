@@ -118,16 +118,24 @@ def test_two_stages_from_nothing(data, backbone, texts_file, tmp_path, monkeypat
     # published before: another seed of one run, another method; the runs at hand are added to them
     published = tmp_path / "results" / "compare-texts-256.json"
     published.parent.mkdir()
-    other = {"seed": 3, "scores": {"raw": {"STS12": 1.0, "STSBenchmark": 5.0}}}
+    other = lambda seed: {"seed": seed, "scores": {"raw": {"STS12": 1.0, "mean STS": 30.0 + 10 * seed}}}
     published.write_text(json.dumps({"claims": [], "rows": {
-        name: {"settings": compare.RUNS[name], "seeds": [3], "runs": [other], "raw": {}}
-        for name in ("mntp, simcse", "both")}}))
+        name: {"settings": compare.RUNS[name], "seeds": seeds, "runs": [*map(other, seeds)], "raw": {}}
+        for name, seeds in (("mntp, simcse", [3]), ("both", [3, 4]))}}))
     monkeypatch.setattr(compare, "ROOT", tmp_path)
     monkeypatch.setattr(sys, "argv", [*args, "--publish"])
     compare.main()
-    rows = json.loads(published.read_text())["rows"]
+    made = json.loads(published.read_text())
+    rows, claims = made["rows"], {(c["claim"], c["vectors"]): c for c in made["claims"]}
     assert {name: row["seeds"] for name, row in rows.items()} == {
-        "mntp, simcse": [1, 2, 3], "both, causal": [1, 2], "both": [3]}
+        "mntp, simcse": [1, 2, 3], "both, causal": [1, 2], "both": [3, 4]}
+    # the pairs of "both" are gone: seeds 3, 4 have 60 and 70, mean 65, variance of the mean 50 / 2
+    claim = claims["both > both, causal", "raw"]
+    x = [r["scores"]["raw"]["mean STS"] for r in rows["both, causal"]["runs"]]
+    v = np.array([25, np.var(x, ddof=1) / 2])
+    half = compare.t_distribution.ppf(0.975, v.sum() ** 2 / (v ** 2).sum()) * v.sum() ** 0.5
+    expected = 65 - np.mean(x) + np.array([0, -half, half])
+    assert claim["over"] == "seeds alone" and claim["mean STS"] == pytest.approx(expected, abs=0.02)
     scores = [r["scores"]["raw"]["STS12"] for r in rows["mntp, simcse"]["runs"]]
     assert rows["mntp, simcse"]["raw"]["STS12"][0] == pytest.approx(np.mean(scores), abs=0.01)
     assert scores[2] == 1.0
