@@ -320,7 +320,7 @@ def evaluate(paths, tasks=None, data_dir=None, out="runs/mteb", *, batch_size=32
     for name, text in (("table.json", json.dumps(table, indent=1) + "\n"), ("table.md", render(table))):
         write_whole(Path(out, name), text)
     for label, path in zip(models, folders):
-        if Path(path, "t2t.json").is_file():           # a checkpoint of t2t.py: its card names its scores
+        if Path(path, "t2t.json").is_file() and dtype == "float32":    # of t2t.py: its card names its scores
             scores = {row["task"]: row["scores"][label] for row in rows if label in row["scores"]}
             try:
                 into_card(Path(path, "README.md"), scores, public)

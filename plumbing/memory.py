@@ -54,12 +54,12 @@ def of_step(forward, H, model, T, config):
             x, h = forward(rows, torch.ones_like(rows))
             H(x[:, ::5] if config.method == "mntp" else h).float().logsumexp(-1).sum().backward()
         return seen.most
-    one, two = peak(1), peak(2)
-    for p in params:
-        p.grad = None
     own, at_once = max(1, config.batch_size // WORLD), config.micro_batch * config.max_length // max(1, T)
     readings = 2 if config.method == "simcse" and own <= at_once else 1          # held at once
-    activations = one + (two - one) * (readings * min(own, at_once) - 1)
+    texts, one = readings * min(own, at_once), peak(1)
+    activations = one + (peak(2) - one) * (texts - 1) if texts > 1 else one      # no more than the step takes
+    for p in params:
+        p.grad = None
     size = 4 * sum(p.numel() for p in params)
     return compared(max(activations, size) + 3 * size, free(config.device), config)    # AdamW's own: a size
 
@@ -67,7 +67,7 @@ def of_step(forward, H, model, T, config):
 def free(device):
     """Bytes that this process may still take."""
     if device == "cuda":
-        return torch.cuda.mem_get_info()[0]
+        return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
     limit = Path("/sys/fs/cgroup/memory.max")                          # of a container
     limit = limit.read_text().strip() if limit.is_file() else "max"
     most = float("inf") if limit == "max" else int(limit) - psutil.Process().memory_info().rss
