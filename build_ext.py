@@ -31,9 +31,10 @@ NVCC = ["-O3", "-std=c++20"]
 def tools():
     """Error if what a build needs is not there."""
     here = str(Path(sys.executable).parent)          # ninja of this environment, though it is not activated
-    if here not in os.environ["PATH"].split(os.pathsep):
-        os.environ["PATH"] = here + os.pathsep + os.environ["PATH"]
-    compiler = (os.environ.get("CXX") or "c++").split()[0]           # of "ccache g++", what is called
+    path = os.environ.get("PATH", os.defpath)
+    if here not in path.split(os.pathsep):
+        os.environ["PATH"] = here + os.pathsep + path
+    compiler = (os.environ.get("CXX", "").split() or ["c++"])[0]     # of "ccache g++", what is called
     needed = (compiler, "a C++ compiler, g++ 11 or later"), ("ninja", "the build tool, pip install ninja")
     for tool, what in needed:
         if not shutil.which(tool):

@@ -619,6 +619,7 @@ def fit(model, embedder, config, *, out, tokens, q, on_step):
     # the loss of a predictor that does not see the text: for simcse it guesses, for mntp it knows frequencies
     constant_loss = q.marginal_kl if q else math.log(B) if contrasts else token_entropy(tokens, tok)
     must_stay = folders.identity(config) | {        # for --resume; own targets are known by this loss alone
+        "tokenizer": hash_of(sorted(tok.get_vocab().items())),
         "texts of the corpus": tokens.hash, "the loss that ignores the text": round(constant_loss, 3)}
 
     def forward(ids, mask):                                            # (b,T), (b,T) -> x (b,T,C), h (b,C)

@@ -188,9 +188,9 @@ def read_backbone(name, attention, dtype=torch.float32, option="--backbone"):
     if damaged := [name for name, weight in model.named_parameters() if not weight.isfinite().all()]:
         raise Error(f"{option}: expected finite weights, but in {where} {damaged[0]} holds NaN or infinity: "
                     "a run that failed, or a damaged download?")
-    if len(tok) > rows:
-        raise Error(f"{option}: expected a tokenizer that fits the model, but in {where} it has {len(tok)} "
-                    f"entries and the embedding {rows}")
+    if (ids := 1 + max(tok.get_vocab().values(), default=0)) > rows:
+        raise Error(f"{option}: expected a tokenizer that fits the model, but in {where} its ids need {ids} "
+                    f"rows and the embedding has {rows}")
     if tok.pad_token_id is None:
         tok.pad_token = tok.eos_token or tok.convert_ids_to_tokens(0)    # never attended to: any id will do
     name, todo = model.config.model_type, "--attention causal" if attention == "bidirectional" else "another"

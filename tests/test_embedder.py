@@ -160,7 +160,7 @@ def test_bad_backbones(backbone, tmp_path, tok):
         t["added_tokens"].append({"id": 500, "content": "<new>", "single_word": False, "lstrip": False,
                                   "rstrip": False, "normalized": False, "special": True})
         (f / "tokenizer.json").write_text(json.dumps(t))
-    assert "has 501 entries and the embedding 500" in broken("tokenizer", more_tokens)
+    assert "its ids need 501 rows and the embedding has 500" in broken("tokenizer", more_tokens)
     with pytest.raises(Error, match="no such folder; a hub id needs a network"):
         load_backbone("nobody/nothing", "causal")
 
