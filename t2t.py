@@ -623,7 +623,7 @@ def fit(model, embedder, config, *, out, tokens, q, on_step):
         "texts of the corpus": tokens.hash, "the loss that ignores the text": round(constant_loss, 3)}
 
     def forward(ids, mask):                                            # (b,T), (b,T) -> x (b,T,C), h (b,C)
-        # without the second, peft casts what adapters read to float32, and autocast back: a quarter slower
+        # without the second context, peft casts to float32 and autocast casts back: a quarter slower
         with (torch.autocast(device, torch.bfloat16, enabled=config.dtype == "bfloat16"),
               disable_input_dtype_casting(model)):
             x = hidden_states(core, ids, mask)
@@ -634,7 +634,7 @@ def fit(model, embedder, config, *, out, tokens, q, on_step):
     if run is None:
         run = {"step": 0, "seconds": 0.0, "scale": 1.0, "losses": []}
         if q:
-            # OURS: by 128 texts that have targets, in the order of training, of at most 16,384 looked at
+            # OURS: s is measured on the first 128 texts with targets, among the first 16,384 of training
             some = epoch_permutation(config.seed, 0, len(tokens))[:min(16384, len(q.texts))]
             some = some[(q.of(some)[0] >= 0).any(1).numpy()][:128]                                   # (n,)
             h = embedder.pooled([tokens[n] for n in some], config.micro_batch).to(device)            # (n,C)
@@ -651,7 +651,7 @@ def fit(model, embedder, config, *, out, tokens, q, on_step):
         while run["step"] < config.steps:
             # ------------------------------------------------------------------------------ BEGIN: one step
             torch.manual_seed(config.seed * 1_000_003 + run["step"] + RANK * 10**9)    # the same if resumed
-            # no like lengths for simcse, which tells texts of a batch apart: length would do for most
+            # simcse tells the texts of a batch apart: it gets mixed lengths, or it could learn length alone
             texts = bucketed_batch(run["step"], config.seed, lengths, B, bucket=1 if contrasts else BUCKET)
             texts = processes.mine(texts)               # (b,) by torchrun: the share of this process
             at_once = config.micro_batch * config.max_length // max(1, lengths[texts].max())

@@ -61,7 +61,7 @@ def of_step(forward, H, model, T, config):
     for p in params:
         p.grad = None
     size = 4 * sum(p.numel() for p in params)
-    return compared(max(activations, size) + 3 * size, free(config.device), config)    # AdamW's own: a size
+    return compared(max(activations, size) + 3 * size, free(config.device), config)    # or AdamW's own
 
 
 def free(device):
