@@ -40,6 +40,8 @@ from sklearn.preprocessing import normalize  # noqa: E402
 import eval as evaluation  # noqa: E402
 import t2t  # noqa: E402
 from analyze import bars, key_alignment, sample  # noqa: E402
+from plumbing.cache import hash_of, write_json, write_whole  # noqa: E402
+from plumbing.cli import Error  # noqa: E402
 from plumbing.corpus import tokenize_corpus  # noqa: E402
 from untrained import NAMES, Function, untrained  # noqa: E402
 
@@ -113,7 +115,7 @@ def train(name, stages, seed, a, watch=None):
         used = t2t.settle(config)
         other = {k: v for k, v in made.items() if k not in ("resume", "impl") and v != getattr(used, k)}
         if other:
-            sys.exit(f"compare.py: error: expected {config} in {folder}, got {other}: pass another --runs")
+            raise Error(f"--runs: expected {config} in {folder}, got {other}: pass another")
         before = str(folder)
     return t2t.Embedder.load(folder), folder
 
@@ -178,15 +180,22 @@ def score(read, tasks):
     return {k: round(float(v), 2) for k, v in scores.items()}, items
 
 
+def read_run(file, a):
+    """What `run` has kept -> facts, {vectors/task: (2,n) cosines and gold}; Error if it is another run."""
+    arrays = dict(np.load(file))
+    facts = json.loads(str(arrays.pop("facts")))
+    same = {"settings": RUNS.get(facts["name"]), **ground(a)}
+    if other := {k: facts.get(k) for k, v in same.items() if facts.get(k) != v}:
+        raise Error(f"--runs: expected {({k: same[k] for k in other})} in {file}, got {other}: pass another")
+    return facts, arrays
+
+
 def run(name, seed, tasks, a, *, baselines, some):
     """Train and score one run, unless it stands in --runs; write it there."""
     file = place(name, seed, a).with_suffix(".npz")
-    same = {"settings": RUNS.get(name), "corpus": Path(a.corpus).name, "texts": a.texts,
-            "max_length": a.max_length, "backbone": Path(a.backbone).name}
-    kept = json.loads(str(np.load(file)["facts"])) if file.exists() else {
-        "name": name, "seed": seed, **same, "scores": {}}
-    if {k: kept.get(k) for k in same} != same:
-        sys.exit(f"compare.py: error: expected a run of {same} in {file}, got another: pass another --runs")
+    kept, arrays = {"name": name, "seed": seed, "settings": RUNS.get(name), **ground(a), "scores": {}}, {}
+    if file.exists():
+        kept, arrays = read_run(file, a)
     missing = [t for t in tasks if t.metadata.name not in kept["scores"].get("raw", {})]
     if not missing:
         return
@@ -201,7 +210,6 @@ def run(name, seed, tasks, a, *, baselines, some):
         read, made = reader(*train(name, RUNS[name], seed, a))
         facts = {k: made[k] for k in KEPT if k in made} | {"commit": None if begun else here}
         W = whitening_matrix(torch.from_numpy(read(some))).numpy()
-    arrays = dict(np.load(file)) if file.exists() else {}
     for how, reading in [("raw", read)] + [("whitened", whitened(read, W))] * (W is not None):
         scores, items = score(reading, missing)
         kept["scores"].setdefault(how, {}).update(scores)
@@ -282,8 +290,8 @@ def tune(a):
                  "  ".join(f"{x:.1f}" for x in table.mean(1))]
         text.append(f"| {' | '.join(cells)} |")
     out = str((ROOT / "results" if a.publish else Path(a.runs)) / f"trials-{Path(a.corpus).stem}-{a.texts}")
-    Path(out + ".json").write_text(json.dumps(done, indent=1) + "\n")
-    Path(out + ".md").write_text("\n".join(text) + "\n")
+    write_json(Path(out + ".json"), done)
+    write_whole(Path(out + ".md"), "\n".join(text) + "\n")
     print("\n".join(text))
 
 
@@ -324,7 +332,7 @@ def curves(a):
         if name == "both":
             model, tok = t2t.load_backbone(a.backbone, "causal")
             facts[name]["tokens"] = [e.top_tokens(SHOWN, 8)[0] for e in (t2t.Embedder(model, tok), embedder)]
-        file.write_text(json.dumps(facts, indent=1) + "\n")
+        write_json(file, facts)
     picture(facts, ROOT / "results" if a.publish else Path(a.runs), a)
 
 
@@ -346,7 +354,7 @@ def picture(facts, folder, a):
     bars(right, *facts["both"]["tokens"])
     fig.suptitle(f"Quality and key words while training; the tokens that “{SHOWN[0]}” lights up")
     fig.savefig(folder / "curves.png", dpi=110)
-    (folder / "curves.json").write_text(json.dumps(facts, indent=1) + "\n")
+    write_json(folder / "curves.json", facts)
 
 
 # ---------------------------------------------------------------------------------------------------- tables
@@ -403,92 +411,115 @@ def interval(values):
     return round(float(x.mean()), 2), None if half is None else round(float(half), 2)
 
 
-def report(a):
-    """compare-CORPUS-TEXTS.json and .md from all that stands in --runs; what was published before of other
-    methods and seeds stays. Differences are over pairs and seeds if the pairs of all runs are in --runs."""
-    runs, order = {}, [*NAMES, *RUNS]
-    published = ROOT / "results" / f"compare-{Path(a.corpus).stem}-{a.texts}.json"
-    keep = a.publish and published.exists()
-    old = json.loads(published.read_text()) if keep else {"rows": {}, "claims": []}
-    for file in sorted(Path(a.runs).glob("*.npz")):
-        arrays = dict(np.load(file))
-        runs.setdefault((facts := json.loads(str(arrays.pop("facts"))))["name"], []).append((facts, arrays))
-    table = {}
-    for name in sorted(set(runs) & set(order), key=order.index):
-        settings, seeds = RUNS.get(name, "an untrained baseline"), {f["seed"] for f, _ in runs[name]}
-        before = old["rows"].get(name, {})
-        kept = before.get("runs", []) if before.get("settings") == settings else []
-        made = [f for f in kept if f["seed"] not in seeds] + [
-            without_folders({k: f[k] for k in ("seed", "scores", *KEPT, "commit") if k in f})
-            for f, _ in runs[name]]
-        made.sort(key=lambda f: f["seed"])
-        row = table[name] = {"settings": settings, "seeds": [f["seed"] for f in made if name in RUNS],
-                             "runs": made}
-        for how in ("raw", "whitened"):
-            scores = [f["scores"][how] for f in made if how in f["scores"]]
-            if not scores:
-                continue
-            for x in scores:
-                x |= {"mean STS": round(float(np.mean([x[t] for t in STS])), 2)} if set(STS) <= set(x) else {}
+def ground(a):
+    """What the runs of one table share."""
+    return {"corpus": Path(a.corpus).name, "corpus_hash": a.corpus_hash, "texts": a.texts,
+            "max_length": a.max_length, "backbone": Path(a.backbone).name}
+
+
+def published_runs(name, new, old):
+    """The runs of a row: new ones, and those that were published with the same settings and another seed."""
+    seeds = {f["seed"] for f in new}
+    kept = old.get("runs", []) if old.get("settings") == RUNS.get(name, "an untrained baseline") else []
+    for run, now in itertools.product(kept, new):
+        if now["seed"] == run["seed"] and (lost := set(run["scores"]["raw"]) - {"mean STS"}
+                                           - set(now["scores"]["raw"])):
+            raise Error(f"--publish: expected of {name}, seed {run['seed']}, all tasks that are in results/, "
+                        f"got no {', '.join(sorted(lost))}: score them too (--tasks)")
+    new = [without_folders({k: f[k] for k in ("seed", "scores", *KEPT, "commit") if k in f}) for f in new]
+    return sorted([f for f in kept if f["seed"] not in seeds] + new, key=lambda f: f["seed"])
+
+
+def row_of(name, runs):
+    """A row of the table: the mean of each task over seeds, and half of its interval."""
+    row = {"settings": RUNS.get(name, "an untrained baseline"),
+           "seeds": [f["seed"] for f in runs if name in RUNS], "runs": runs}
+    for how in ("raw", "whitened"):
+        scores = [f["scores"][how] for f in runs if how in f["scores"]]
+        for x in scores:
+            x |= {"mean STS": round(float(np.mean([x[t] for t in STS])), 2)} if set(STS) <= set(x) else {}
+        if scores:
             names = dict.fromkeys(k for x in scores for k in x)
             row[how] = {t: interval([x[t] for x in scores if t in x]) for t in names}
-    scored = {k.split("/")[1] for found in runs.values() for _, arrays in found for k in arrays}
-    tasks = [evaluation.localize(t, a.data_dir) for t in evaluation.pick(STS)] if set(STS) <= scored else []
+    return row
+
+
+def claim_of(one, two, how, *, table, arrays, pair, old):
+    """The difference between two rows: over pairs of texts and seeds, where those of all their runs are at
+    hand; else as it was published of the same runs; else over seeds alone; or None."""
+    way = lambda name: how if how in table[name] else "raw"            # tf-idf is not whitened
+    claim = {"claim": f"{one} > {two}", "vectors": " > ".join(dict.fromkeys(map(way, (one, two)))),
+             "seeds": [len(table[name]["runs"]) for name in (one, two)],
+             "of": hash_of([[f["seed"], f["scores"]] for name in (one, two) for f in table[name]["runs"]])}
+    items = [[{t: at[f"{way(name)}/{t}"] for t in STS} for at in arrays.get(name, [])
+              if all(f"{way(name)}/{t}" in at for t in STS)] for name in (one, two)]
+    if list(map(len, items)) == claim["seeds"]:
+        return claim | {"mean STS": difference(*items, pair)}
+    for c in old:
+        if all(c.get(k) == claim[k] for k in claim):
+            return c
+    x, y = ([f["scores"][how]["mean STS"] for f in table[name]["runs"]
+             if "mean STS" in f["scores"].get(how, {})] for name in (one, two))
+    if min(len(x), len(y)) > 1:
+        between = ttest_ind(x, y, equal_var=False).confidence_interval()
+        return claim | {"seeds": [len(x), len(y)], "over": "seeds alone", "mean STS": [
+            round(float(v), 2) for v in (np.mean(x) - np.mean(y), *between)]}
+
+
+def report(a):
+    """compare-CORPUS-TEXTS.json and .md from all that stands in --runs; with --publish, in results/, where
+    other methods and seeds stay as they were published."""
+    order, known, stem = [*NAMES, *RUNS], {}, f"compare-{Path(a.corpus).stem}-{a.texts}"
+    if a.publish and (ROOT / "results" / f"{stem}.json").exists():
+        known = json.loads((ROOT / "results" / f"{stem}.json").read_text())
+        if known["ground"] != ground(a):
+            raise Error(f"--publish: expected runs of {known['ground']}, got {ground(a)}")
+    facts, arrays = {}, {}
+    for name in order:
+        if found := sorted(Path(a.runs).glob(f"{place(name, '[0-9]*', a).name}.npz")):
+            facts[name], arrays[name] = zip(*(read_run(file, a) for file in found))
+    old = known.get("rows", {})
+    table = {name: row_of(name, published_runs(name, facts.get(name, []), old.get(name, {})))
+             for name in order if name in facts or name in old}
+    complete = any(set(STS) <= {k.split("/")[1] for k in at} for found in arrays.values() for at in found)
+    tasks = [evaluation.localize(t, a.data_dir) for t in evaluation.pick(STS)] if complete else []
     for task in tasks:
         task.load_data()
-    table = {name: (old["rows"] | table)[name] for name in order if name in old["rows"] or name in table}
-    claims, pair, size = [], pairs(tasks), {name: len(row["runs"]) for name, row in table.items()}
-    for one, two in CLAIMS:
-        for how in ("raw", "whitened"):
-            found = lambda name: [(arrays, how if f"{how}/{STS[0]}" in arrays else "raw")
-                                  for _, arrays in runs.get(name, [])]
-            items = lambda name: [{t: arrays[f"{h}/{t}"] for t in STS} for arrays, h in found(name)]
-            complete = lambda name: found(name) and len(found(name)) == size[name] and all(
-                f"{h}/{t}" in arrays for arrays, h in found(name) for t in STS)
-            if complete(one) and complete(two):
-                vectors = " > ".join(dict.fromkeys(found(name)[0][1] for name in (one, two)))
-                claims.append({"claim": f"{one} > {two}", "vectors": vectors,
-                               "mean STS": difference(items(one), items(two), pair),
-                               "seeds": [len(items(one)), len(items(two))]})
-    known = lambda: {(c["claim"], c["vectors"]) for c in claims}
-    claims += [c for c in old["claims"] if (c["claim"], c["vectors"]) not in known()
-               and c["seeds"] == [size[name] for name in c["claim"].split(" > ")]]
-    for (one, two), how in itertools.product(CLAIMS, ("raw", "whitened")):
-        x, y = ([f["scores"][how]["mean STS"] for f in table.get(name, {"runs": []})["runs"]
-                 if "mean STS" in f["scores"].get(how, {})] for name in (one, two))
-        if (f"{one} > {two}", how) not in known() and min(len(x), len(y)) > 1:
-            between = ttest_ind(x, y, equal_var=False).confidence_interval()
-            claims.append({"claim": f"{one} > {two}", "vectors": how, "seeds": [len(x), len(y)],
-                           "mean STS": [round(float(v), 2) for v in (np.mean(x) - np.mean(y), *between)],
-                           "over": "seeds alone"})
-    claims.sort(key=lambda c: order.index(c["claim"].split(" > ")[1]))
+    pair = pairs(tasks)
+    claims = [claim_of(one, two, how, table=table, arrays=arrays, pair=pair, old=known.get("claims", []))
+              for one, two in CLAIMS for how in ("raw", "whitened") if one in table and two in table]
+    claims = list({(c["claim"], c["vectors"]): c for c in claims if c}.values())
+    shared = {f"{s} in {t}": int(np.isin(pair[s], pair[t]).sum()) for s in pair for t in pair if s != t}
     command = (f"python experiments/compare.py --corpus {Path(a.corpus).name} --texts {a.texts} "
                f"--max-length {a.max_length} --data-dir DIR")
-    shared = {f"{s} in {t}": int(np.isin(pair[s], pair[t]).sum()) for s in pair for t in pair if s != t}
-    shared = shared or old.get("test pairs that stand in another task", {})
-    facts = {"command": command, "texts a run": a.texts, "test pairs that stand in another task": shared,
-             "versions": {p: version(p) for p in ("torch", "transformers", "mteb", "scipy")},
-             "rows": table, "claims": claims}
-    out = str((ROOT / "results" if a.publish else Path(a.runs)) / published.stem)
-    Path(out + ".json").write_text(json.dumps(facts, indent=1) + "\n")
-    columns = [*STS, "mean STS", "Banking77Classification"]
+    write_table((ROOT / "results" if a.publish else Path(a.runs)) / stem, {
+        "command": command, "ground": ground(a), "rows": table, "claims": claims,
+        "test pairs that stand in another task": shared or known.get("test pairs that stand in another task"),
+        "versions": {p: version(p) for p in ("torch", "transformers", "mteb", "scipy")}})
+
+
+def write_table(out, facts):
+    """facts of `report` -> OUT.json, and as Markdown OUT.md"""
+    columns, where = [*STS, "mean STS", "Banking77Classification"], facts["ground"]
     head = " | ".join([" ", "seeds", *columns, "mean STS, half whitened"])
-    text = [f"{a.texts:,} texts of {Path(a.corpus).name}, up to {a.max_length} tokens, a run; scores x 100, "
-            "raw vectors; mean and 95 % interval over seeds", "", f"| {head} |",
+    text = [f"{where['texts']:,} texts of {where['corpus']}, up to {where['max_length']} tokens, a run; "
+            "scores x 100, raw vectors; mean and 95 % interval over seeds", "", f"| {head} |",
             "|---|---:|" + "---:|" * (len(columns) + 1)]
     show = lambda x: "" if x is None else f"{x[0]:.2f}" + ("" if x[1] is None else f" ± {x[1]:.2f}")
-    for name, row in table.items():
+    for name, row in facts["rows"].items():
         cells = [show(row["raw"].get(c)) for c in columns] + [show(row.get("whitened", {}).get("mean STS"))]
         text.append(f"| {name} | {len(row['seeds']) or ''} | {' | '.join(cells)} |")
-    text += ["", f"{len(claims)} differences of mean STS, each with a 95 % interval of its own (a twentieth "
-             "may miss), over pairs of texts and seeds (marked *: over seeds alone, by Welch's t, since the "
-             "pairs of some runs were not kept); where a trained side has one seed, for that run", "",
-             "| claim | vectors | seeds | difference | 95 % |", "|---|---|---|---:|---:|"]
-    for c in claims:
+    text += ["", f"{len(facts['claims'])} differences of mean STS, each with a 95 % interval of its own (a "
+             "twentieth may miss), over pairs of texts and seeds (marked *: over seeds alone, by Welch's t, "
+             "since the pairs of some runs were not kept); where a trained side has one seed, for that run",
+             "", "| claim | vectors | seeds | difference | 95 % |",
+             "|---|---|---|---:|---:|"]
+    for c in facts["claims"]:
         (n, m), (mean, low, high) = c["seeds"], c["mean STS"]
         text.append(f"| {c['claim']} | {c['vectors']} | {n}, {m} | {mean:+.2f} | {low:+.2f} to {high:+.2f}"
                     f"{' *' if 'over' in c else ''} |")
-    Path(out + ".md").write_text("\n".join(text) + "\n")
+    write_json(out.with_name(out.name + ".json"), facts)
+    write_whole(out.with_name(out.name + ".md"), "\n".join(text) + "\n")
     print("\n".join(text))
 
 
@@ -514,7 +545,7 @@ def main():
     Path(a.runs).mkdir(parents=True, exist_ok=True)
     if a.tune or a.curves:
         return tune(a) if a.tune else curves(a)
-    baselines, some = untrained(a.backbone, a.corpus, max_length=256)          # as checkpoints read
+    baselines, some, a.corpus_hash = untrained(a.backbone, a.corpus, max_length=256)   # as checkpoints read
     tasks = [evaluation.localize(t, a.data_dir) for t in evaluation.pick(a.tasks)]
     for n, seed in enumerate(a.seeds):
         for name in a.only or [*baselines, *RUNS]:
@@ -524,4 +555,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except Error as e:
+        sys.exit(f"compare.py: error: {e}")

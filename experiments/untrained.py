@@ -32,7 +32,8 @@ NAMES = "mean, last, mean bidirectional, prompt, echo, mean - PC, head rows, SIF
 
 
 def untrained(backbone, corpus, max_length=256):
-    """-> {name: function(list of n texts) -> (n, dimensions)}, and the 2,048 texts that PCs are taken from"""
+    """-> {name: function(list of n texts) -> (n, dimensions)}, the 2,048 texts that PCs are taken from, and the
+    hash of the corpus"""
     model, tok = t2t.load_backbone(backbone, "causal")
     H, special = t2t.head(model).weight.detach().numpy(), set(tok.all_special_ids)
     V, words = len(H), t2t.read_vocabulary(tok, len(H))
@@ -89,7 +90,7 @@ def untrained(backbone, corpus, max_length=256):
     mean, last, mean_all = map(read, (embedder("mean"), embedder("last"), embedder("mean", sees_all)))
     head_rows, sif = rows(np.ones(V)), without_pc(rows(1e-3 / (1e-3 + frequency)))
     found = [mean, last, mean_all, prompt, echo, without_pc(mean), head_rows, sif, tf_idf]
-    return dict(zip(NAMES, found)), some
+    return dict(zip(NAMES, found)), some, tokens.hash
 
 
 class Function(AbsEncoder):

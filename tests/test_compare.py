@@ -1,6 +1,7 @@
 """experiments/compare.py: its statistics by hand, its scores against mteb, one cell from nothing."""
 import gzip
 import json
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ from test_eval import make_sts
 import compare  # noqa: E402
 import eval as ev  # noqa: E402
 import t2t  # noqa: E402
+from plumbing.cli import Error  # noqa: E402
 
 @pytest.fixture
 def data(tmp_path, monkeypatch):
@@ -91,7 +93,8 @@ def test_once_reads_each_text_once():
 def test_two_stages_from_nothing(data, backbone, texts_file, tmp_path, monkeypatch, capsys):
     """The run that is its own longest path: mntp, then simcse from it; again, nothing is trained twice."""
     monkeypatch.setattr(compare, "STS", ["STS12", "STSBenchmark"])
-    args = ["compare.py", "--data-dir", data, "--corpus", str(texts_file), "--backbone", str(backbone),
+    corpus = shutil.copy(texts_file, tmp_path)
+    args = ["compare.py", "--data-dir", data, "--corpus", corpus, "--backbone", str(backbone),
             "--seeds", "1", "2", "--runs", str(tmp_path / "runs"), "--texts", "256",
             "--tasks", "STS12", "STSBenchmark", "--only", "mntp, simcse", "both, causal"]
     monkeypatch.setattr(sys, "argv", args)
@@ -119,9 +122,9 @@ def test_two_stages_from_nothing(data, backbone, texts_file, tmp_path, monkeypat
     published = tmp_path / "results" / "compare-texts-256.json"
     published.parent.mkdir()
     other = lambda seed: {"seed": seed, "scores": {"raw": {"STS12": 1.0, "mean STS": 30.0 + 10 * seed}}}
-    published.write_text(json.dumps({"claims": [], "rows": {
-        name: {"settings": compare.RUNS[name], "seeds": seeds, "runs": [*map(other, seeds)], "raw": {}}
-        for name, seeds in (("mntp, simcse", [3]), ("both", [3, 4]))}}))
+    published.write_text(json.dumps({"ground": facts["ground"], "claims": [], "rows": {
+        name: {"settings": compare.RUNS.get(name), "seeds": seeds, "runs": [*map(other, seeds)], "raw": {}}
+        for name, seeds in (("mntp, simcse", [3]), ("both", [3, 4]), ("gone", [5]))}}))
     monkeypatch.setattr(compare, "ROOT", tmp_path)
     monkeypatch.setattr(sys, "argv", [*args, "--publish"])
     compare.main()
@@ -139,6 +142,26 @@ def test_two_stages_from_nothing(data, backbone, texts_file, tmp_path, monkeypat
     scores = [r["scores"]["raw"]["STS12"] for r in rows["mntp, simcse"]["runs"]]
     assert rows["mntp, simcse"]["raw"]["STS12"][0] == pytest.approx(np.mean(scores), abs=0.01)
     assert scores[2] == 1.0
+
+    # a claim of which no pairs are at hand stays, until one of its runs has another score
+    kept = claims["both > both, causal", "raw"] | {"mean STS": [7, 6, 8]}
+    assert compare.claim_of("both", "both, causal", "raw", table=rows, arrays={}, pair={}, old=[kept]) == kept
+    rows["both"]["runs"][0]["scores"]["raw"]["mean STS"] = 61.0
+    new = compare.claim_of("both", "both, causal", "raw", table=rows, arrays={}, pair={}, old=[kept])
+    assert new["mean STS"][0] == pytest.approx(65.5 - np.mean(x), abs=0.02)
+
+    # scores on fewer tasks do not take the place of more; nor those on other texts
+    rows["both, causal"]["runs"][0]["scores"]["raw"]["SciFact"] = 40.0
+    published.write_text(json.dumps(made))
+    with pytest.raises(Error, match="both, causal, seed 1, all tasks .* got no SciFact"):
+        compare.main()
+    published.write_text(json.dumps(made | {"ground": made["ground"] | {"corpus_hash": "x"}}))
+    with pytest.raises(Error, match="expected runs of .*'corpus_hash': 'x'"):
+        compare.main()
+    with open(corpus, "a") as file:                    # a corpus of the same name
+        file.write("One text more.\n")
+    with pytest.raises(Error, match="--runs: expected .*'corpus_hash'"):
+        compare.main()
 
 def test_validation_by_hand(tmp_path):
     """Vectors in the plane. Ranks of the pairs' cosines are those of their scores but for one swap of
