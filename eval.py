@@ -64,6 +64,8 @@ def model_files(folder):
     """The files that decide the vectors: at the top, and everywhere in the folders of its modules."""
     listing = folder / "modules.json"
     paths = [m["path"] for m in json.loads(listing.read_text("utf-8"))] if listing.is_file() else []
+    if outside := [path for path in paths if Path(path).is_absolute() or ".." in Path(path).parts]:
+        raise ValueError(f"modules.json names {outside[0]}, outside of the folder")
     files = set(folder.iterdir()).union(*((folder / path).rglob("*") for path in paths if path))
     return sorted(f for f in files if f.is_file() and f.name != "generation_config.json"
                   and any(f.match(pattern) for pattern in READ))
@@ -83,27 +85,35 @@ def revision(folder, dtype="float32"):
     salt = f"causal, mean, {BARE_LENGTH}, no template" * bare + dtype * (dtype != "float32")
     return digest(model_files(folder), folder, salt)
 
-def load(path, device="auto", dtype="float32"):
-    """A SentenceTransformer from a checkpoint, a bare causal LM, or a hub id."""
+def load(path, device="auto", dtype="float32", sparse=False):
+    """A SentenceTransformer from a checkpoint, a bare causal LM, or a hub id; sparse: the SparseEncoder of a
+    checkpoint."""
     folder = find(path)
+    if sparse and not (folder / "sparse" / "modules.json").is_file():
+        raise Error(f"expected CKPT/sparse for --sparse, got none in {path}; train it with t2t.py")
     import torch
     import transformers
-    from sentence_transformers import SentenceTransformer
+    from sentence_transformers import SentenceTransformer, SparseEncoder
     transformers.utils.logging.disable_progress_bar()  # a bar a model, over in no time
     if device == "cuda" and not torch.cuda.is_available():
         raise Error("expected a CUDA device for --device cuda, got none; use --device cpu")
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     try:
-        modules = None if (folder / "modules.json").is_file() else read_bare(folder, path)
-        model = SentenceTransformer(None if modules else str(folder), modules=modules, device=device)
-        model.to(getattr(torch, dtype))
-    except Exception as error:  # truncated weights, a broken tokenizer, shapes that do not fit
-        refusal = Error(f"expected a model that loads in {path}, got {brief(error)}; copy it again")
+        if sparse:
+            model = SparseEncoder(str(folder / "sparse"), device=device)
+        else:
+            modules = None if (folder / "modules.json").is_file() else read_bare(folder, path)
+            model = SentenceTransformer(None if modules else str(folder), modules=modules, device=device)
+        model.to(getattr(torch, dtype)).eval()
+        model[0].register_forward_pre_hook(some_token)
+        model.encode(["a few words", ""], show_progress_bar=False)
+    except Exception as error:  # truncated weights, a broken tokenizer, shapes or modules that do not fit
+        refusal = Error(f"expected a model that reads texts in {path}, got {brief(error)}; copy it again")
         raise error if isinstance(error, Error) else refusal from None
-    model[0].register_forward_pre_hook(some_token)
     if not all(bool(weight.isfinite().all()) for weight in model.parameters()):
         raise Error(f"expected finite weights in {path}, got NaN or infinity; use an earlier checkpoint")
-    model.eval()
+    if sparse:
+        return model
     gpus = [f"cuda:{n}" for n in range(torch.cuda.device_count() if device == "cuda" else 0)]
     return spread(model, gpus) if len(gpus) > 1 else model
 
@@ -141,7 +151,8 @@ def read_bare(folder, path):
                          processor_kwargs=code, config_kwargs={"is_causal": True, **code},
                          modality_config=as_text, module_output_name="token_embeddings")
     if reader.tokenizer.pad_token is None:  # padding is masked out: which token stands there does not matter
-        reader.tokenizer.pad_token = reader.tokenizer.eos_token or reader.tokenizer.convert_ids_to_tokens(0)
+        some = reader.tokenizer.convert_ids_to_tokens(min(reader.tokenizer.get_vocab().values()))
+        reader.tokenizer.pad_token = reader.tokenizer.eos_token or some
     reader.tokenizer.padding_side = "right"  # on the left it would shift the positions that a model learned
     return [reader, Pooling(reader.get_embedding_dimension(), pooling_mode="mean")]
 
@@ -193,9 +204,11 @@ def offline(data_dir):
             raise Error(f"expected a folder for --data-dir, got {data_dir}; check the path")
 
 def folder_for(out):
-    """Make --out."""
+    """Make --out, and write there once: a full disk is found now, not after hours."""
     try:
         Path(out).mkdir(parents=True, exist_ok=True)
+        write_whole(Path(out, "trial"), " " * 100_000)
+        Path(out, "trial").unlink()
     except OSError as error:
         raise Error(f"expected a folder for --out, got {out} ({brief(error)}); pick another") from None
 
@@ -205,7 +218,10 @@ def check_results(out, tasks):
     for file in sorted(Path(out).glob("results/*/*/*.json")):
         try:
             found = json.loads(file.read_text("utf-8"))
-        except ValueError:
+        except (ValueError, RecursionError):
+            found = None
+        parts = {"mteb_version", "dataset_revision", "scores"} if file.stem != "model_meta" else {"name"}
+        if not isinstance(found, dict) or parts - set(found):
             file.unlink()
             continue
         for key, want in (("mteb_version", version("mteb")), ("dataset_revision", expected.get(file.stem))):
@@ -317,8 +333,11 @@ def evaluate(paths, tasks=None, data_dir=None, out="runs/mteb", *, batch_size=32
              "versions": {p: version(p) for p in ("mteb", "torch", "transformers", "sentence-transformers")},
              "revisions": {label: model.mteb_model_meta.revision for label, model in models.items()},
              "tasks": rows, **means(rows, list(models)), "missing": missing}
-    for name, text in (("table.json", json.dumps(table, indent=1) + "\n"), ("table.md", render(table))):
-        write_whole(Path(out, name), text)
+    try:
+        write_json(Path(out, "table.json"), table)
+        write_whole(Path(out, "table.md"), render(table))
+    except OSError as error:                           # main prints it all the same
+        print(f"eval.py: table not written to {out}: {brief(error)}", file=sys.stderr)
     for label, path in zip(models, folders):
         if Path(path, "t2t.json").is_file() and dtype == "float32":    # of t2t.py: its card names its scores
             scores = {row["task"]: row["scores"][label] for row in rows if label in row["scores"]}
@@ -363,20 +382,13 @@ SPARSE_TASKS = ["SciFact", "LIMITSmallRetrieval", "STS12", "STS13", "STSBenchmar
 
 def compare_sparse(path, tasks, *, batch_size, device, dtype="float32"):
     """Scores x 100 of dense, sparse, BM25 and their fusions on mteb tasks -> {row: {column: value}}, and
-    {task: why it has no scores}"""
+    {task: why it has not all scores}"""
     import mteb
     from mteb.models import SearchEncoderWrapper, SentenceTransformerEncoderWrapper, SparseEncoderWrapper
-    from sentence_transformers import SparseEncoder
 
     from plumbing.search import Fusion, Remembering, Store
-    folder = find(path) / "sparse"
-    if not (folder / "modules.json").is_file():
-        raise Error(f"expected CKPT/sparse for --sparse, got none in {path}; train it with t2t.py")
-    dense = load(path, device, dtype)                  # it looks whether the device is there
-    sparse_encoder = SparseEncoder(str(folder), device=None if device == "auto" else device)
-    sparse_encoder.to(dense.dtype)
-    encoders = {"dense": SentenceTransformerEncoderWrapper(dense),
-                "sparse": SparseEncoderWrapper(sparse_encoder)}
+    encoders = {"sparse": SparseEncoderWrapper(load(path, device, dtype, sparse=True))}
+    encoders = {"dense": SentenceTransformerEncoderWrapper(load(path, device, dtype)), **encoders}
     table, missing, options = {}, {}, {"batch_size": batch_size, "show_progress_bar": False}
 
     def score(name, model, task):
@@ -386,17 +398,12 @@ def compare_sparse(path, tasks, *, batch_size, device, dtype="float32"):
         row[task.metadata.name] = round(100 * got.task_results[0].get_score(), 2)
         print(f"{task.metadata.name}, {name}: {row[task.metadata.name]:.2f}", file=sys.stderr, flush=True)
 
-    for task in tasks:
-        try:
-            task.load_data()
-        except Exception as error:                     # a loader raises what it likes; other tasks go on
-            missing[task.metadata.name] = brief(error)
-            print(f"{task.metadata.name}: data not loaded: {brief(error)}", file=sys.stderr)
-            continue
+    def score_all(task):
+        task.load_data()
         if task.metadata.type != "Retrieval":
             for name, encoder in encoders.items():
                 score(name, encoder, task)
-            continue
+            return
         ranked = {}
         for name, encoder in encoders.items():
             store = Store()
@@ -408,7 +415,15 @@ def compare_sparse(path, tasks, *, batch_size, device, dtype="float32"):
             table[name].setdefault("cost", {})[task.metadata.name] = model.cost
         for names in (*map(list, combinations(ranked, 2)), list(ranked)):
             score(" + ".join(names), Fusion("-".join(names), [ranked[n] for n in names]), task)
-        task.unload_data()
+
+    for task in tasks:
+        try:
+            score_all(task)
+        except Exception as error:                     # of a loader, or of its rows; other tasks go on
+            missing[task.metadata.name] = brief(error)
+            print(f"{task.metadata.name} not scored: {brief(error)}", file=sys.stderr)
+        finally:
+            task.unload_data()
     return table, missing
 
 def render_sparse(table, tasks):
@@ -481,6 +496,8 @@ def main(argv=None):
         table = evaluate(**options)
     except Error as error:
         parser.error(error)
+    except OSError as error:
+        parser.error(f"expected to read models and write to {args.out} and the cache, got {brief(error)}")
     except KeyboardInterrupt:
         kept = "" if args.sparse else f"; scores are kept in {args.out}, run it again"
         print(f"\neval.py: interrupted{kept}", file=sys.stderr)

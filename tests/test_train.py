@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import family, sentences
+import transformers
+from conftest import ANIMALS, PLACES, family, sentences
 from torch.testing import assert_close
 
 import t2t
@@ -73,10 +74,12 @@ def test_it_learns_and_the_vocabulary_is_frozen(backbone, texts_file, tmp_path):
     assert set(before) == set(after)                             # the head is still tied
     for name in before:
         assert torch.equal(after[name], before[name]) == (name == "model.embed_tokens.weight"), name
-    e, words = Embedder.load(out), "dog wolf".split()
-    for animal in words:                                       # and what it lights up is what the text says
-        lit = [t for t, _ in e.top_tokens([f"The {animal} sees the {animal} in the garden."], 5)[0]]
-        assert animal in lit, lit
+    texts = [(a, f"The {a} sees the {a} in the {p}.") for a in ANIMALS for p in PLACES]
+
+    def lit(folder):                                # in how many texts the animal is among the first five
+        rows = Embedder.load(folder).top_tokens([text for _, text in texts], 5)
+        return np.mean([animal in [token for token, _ in row] for (animal, _), row in zip(texts, rows)])
+    assert lit(backbone) < 0.4 and lit(out) > 0.7
     lines = log(out)
     assert [r["step"] for r in lines] == list(range(1, 1001))
     assert set(lines[0]) == {"step", "loss", "constant_loss", "lr", "grad_norm", "seconds"}
@@ -300,6 +303,68 @@ def test_another_backbone_is_refused(backbone, texts_file, tmp_path):
     family("llama", V=500, tie_word_embeddings=True).save_pretrained(mine)
     with pytest.raises(Error, match="weights of the backbone"):
         train(config(mine, texts_file, tmp_path / "a", resume=True))
+
+
+def test_another_tokenizer_is_refused(backbone, texts_file, tmp_path):
+    """The same words under other numbers: the weights would read other tokens."""
+    mine = shutil.copytree(backbone, tmp_path / "mine")
+
+    def crash(step, _):
+        if step == 3:
+            raise Stop
+    with pytest.raises(Stop):
+        train(config(mine, texts_file, tmp_path / "a"), on_step=crash)
+    text = (mine / "tokenizer.json").read_text()
+    ids = json.loads(text)["model"]["vocab"]
+    one, two = (f'"{word}":{ids[word]}' for word in ("\u0120dog", "\u0120cat"))
+    text = json.dumps(json.loads(text), ensure_ascii=False, separators=(",", ":"))
+    swapped = text.replace(one, one.replace("dog", "?")).replace(two, two.replace("cat", "dog"))
+    (mine / "tokenizer.json").write_text(swapped.replace(one.replace("dog", "?"), one.replace("dog", "cat")))
+    with pytest.raises(Error, match="--resume: .*tokenizer"):
+        train(config(mine, texts_file, tmp_path / "a", resume=True))
+
+
+def test_out_may_not_be_in_the_corpus(backbone, texts_file, tmp_path):
+    """On --resume, the log of the run would be read as texts."""
+    shutil.copy(texts_file, tmp_path)
+    with pytest.raises(Error, match="--out: expected a folder outside of --corpus"):
+        train(config(backbone, tmp_path, tmp_path / "ckpt", steps=1))
+
+
+def test_init_with_fewer_positions(backbone, tok, texts_file, tmp_path):
+    """What is read in use, and --max-length, are at most its positions."""
+    family("llama", len(tok), max_position_embeddings=40).save_pretrained(tmp_path / "short")
+    tok.save_pretrained(tmp_path / "short")
+    settings = dict(steps=1, init=str(tmp_path / "short"))
+    with pytest.raises(Error, match="--max-length: expected at most 40, the positions of .*short, got 64"):
+        train(config(backbone, texts_file, tmp_path / "a", **settings))
+    out = train(config(backbone, texts_file, tmp_path / "b", **settings, max_length=32))
+    assert Embedder.load(out).max_length == 40
+
+
+def test_a_model_too_short_for_the_question(tok, texts_file, tmp_path):
+    family("llama", len(tok), max_position_embeddings=16).save_pretrained(tmp_path / "m")
+    tok.save_pretrained(tmp_path / "m")
+    with pytest.raises(Error, match="16 positions: pass --method data"):
+        train(config(tmp_path / "m", texts_file, tmp_path / "a", method="both", max_length=16))
+
+
+def test_maps_that_take_no_adapters(backbone, texts_file, tmp_path, monkeypatch):
+    """A Linear of a model's own, with a weight for each half of its input."""
+    class Halves(torch.nn.Linear):
+        def forward(self, x):
+            return torch.cat([F.linear(*pair) for pair in zip(x.chunk(2, -1), self.weight.chunk(2))], -1)
+
+    real = t2t.load_backbone
+
+    def with_halves(*args, **kwargs):
+        model, tok = real(*args, **kwargs)
+        model.model.layers[0].mlp.gate_proj = Halves(16, 64, bias=False)
+        return model, tok
+    monkeypatch.setattr(t2t, "load_backbone", with_halves)
+    assert train(config(backbone, texts_file, tmp_path / "a", steps=1))
+    with pytest.raises(Error, match="--lora-rank: .* pass --lora-rank 0"):
+        train(config(backbone, texts_file, tmp_path / "b", steps=1, lora_rank=4))
 
 
 def test_resume_with_nothing_to_resume_starts(backbone, texts_file, tmp_path, capsys):
@@ -545,6 +610,16 @@ def test_a_full_disk_ends_in_one_line(backbone, texts_file, tmp_path, capsys, mo
     monkeypatch.setattr(t2t.folders.torch, "save", lambda x, file: real(x, "/dev/full"))
     assert "expected to write in" in fails(capsys, backbone=str(backbone), corpus=str(texts_file),
                                     out=str(tmp_path / "o"), steps=1, top_k=4, batch_size=4)
+
+
+def test_a_disk_that_fills_while_the_tokenizer_is_saved(backbone, texts_file, tmp_path, monkeypatch):
+    """tokenizers raises Exception itself."""
+    def full(self, path, *_):
+        raise Exception("No space left on device (os error 28)")
+    monkeypatch.setattr(transformers.PreTrainedTokenizerFast, "save_pretrained", full)
+    with pytest.raises(Error, match="expected to write in .*os error 28"):
+        train(config(backbone, texts_file, tmp_path / "a", steps=1))
+    assert [f.name for f in tmp_path.iterdir()] == ["a"]
 
 
 def test_a_file_may_not_grow(backbone, texts_file, tmp_path):
