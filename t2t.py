@@ -291,17 +291,22 @@ def data_targets(ids, words, idf, K, *, temperature):
 ONE_WORD = 'This text: "{}" means in one word: "'      # OURS, in the manner of PromptEOL (arXiv 2307.16645)
 
 
-@torch.no_grad()
-def predict(ids, model, tok):
-    """list of n id arrays -> log p (n,V): what the frozen causal backbone says when asked for one word."""
-    special, H = set(tok.all_special_ids), head(model)
+def one_word_questions(ids, model, tok):
+    """list of n id arrays -> list of n id lists, ONE_WORD with each text in its place."""
+    special = set(tok.all_special_ids)
     front = [*itertools.takewhile(special.__contains__, tok(ONE_WORD)["input_ids"])]      # <s>, not </s>
     before, after = (tok(part, add_special_tokens=False)["input_ids"] for part in ONE_WORD.split("{}"))
     room = positions(model) - len(front + before + after)              # a text is cut, the question is not
     if room < 1:
         raise Error(f"--method: expected a model that reads more tokens than the question for one word has, "
                     f"got {positions(model)} positions: pass --method data")
-    rows = [front + before + [i for i in row.tolist() if i not in special][:room] + after for row in ids]
+    return [front + before + [i for i in map(int, row) if i not in special][:room] + after for row in ids]
+
+
+@torch.no_grad()
+def predict(ids, model, tok):
+    """list of n id arrays -> log p (n,V): what the frozen causal backbone says when asked for one word."""
+    rows, H = one_word_questions(ids, model, tok), head(model)
     out = torch.empty(len(rows), len(H.weight))
     for part in blocks(sorted(range(len(rows)), key=lambda n: len(rows[n])), 32):          # of like lengths
         some, mask = pad([rows[n] for n in part], tok.pad_token_id, model.device)
@@ -402,8 +407,8 @@ def build_targets(config, tokens, words, *, model, tok, target_fn=None):
     # the source text of what makes targets: an edit makes them anew
     made_by = source_hash(sorted(STOP), ONE_WORD, str(SAMPLE), is_unspaced, is_letter, read_vocabulary,
                           find_words, document_frequency, epoch_permutation, Head, head, pad,
-                          hidden_states, pool, blocks, positions, coalesce, data_targets, predict,
-                          model_targets, method_targets, build_targets)
+                          hidden_states, pool, blocks, positions, coalesce, data_targets,
+                          one_word_questions, predict, model_targets, method_targets, build_targets)
     of_model = config.method != "data" and (str(model.dtype), identity_of(config.backbone), config.seed,
                                             folders.versions())
     return load(cached("targets", hash_of(made_by, tokens.folder.name, config.method, K, config.temperature,

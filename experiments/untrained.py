@@ -32,8 +32,8 @@ NAMES = "mean, last, mean bidirectional, prompt, echo, mean - PC, head rows, SIF
 
 
 def untrained(backbone, corpus, max_length=256):
-    """-> {name: function(list of n texts) -> (n, dimensions)}, the 2,048 texts that PCs are taken from, and the
-    hash of the corpus"""
+    """-> {name: function(list of n texts) -> (n, dimensions)}, the 2,048 texts that PCs are taken from, and
+    the hash of the corpus"""
     model, tok = t2t.load_backbone(backbone, "causal")
     H, special = t2t.head(model).weight.detach().numpy(), set(tok.all_special_ids)
     V, words = len(H), t2t.read_vocabulary(tok, len(H))
@@ -43,8 +43,6 @@ def untrained(backbone, corpus, max_length=256):
     frequency = np.bincount(tokens.ids, minlength=V) / len(tokens.ids)
     some = [tok.decode(tokens[n].tolist(), skip_special_tokens=True)
             for n in t2t.epoch_permutation(0, 0, N)[:2048]]
-    before, after = t2t.ONE_WORD.split("{}")
-    before, after = tok(before)["input_ids"], tok(after, add_special_tokens=False)["input_ids"]
     bare = lambda text: [i for i in tokenize(tok, [text], max_length)[0] if i not in special]
 
     sees_all, _ = t2t.load_backbone(backbone, "bidirectional")
@@ -52,7 +50,8 @@ def untrained(backbone, corpus, max_length=256):
     read = lambda e: lambda texts: e.pooled(e.token_ids(texts)).numpy()
 
     def prompt(texts):
-        return embedder("last").pooled([before + bare(t) + after for t in texts]).numpy()
+        asked = t2t.one_word_questions(tokenize(tok, texts, max_length), model, tok)
+        return embedder("last").pooled(asked).numpy()
 
     @torch.no_grad()
     def echo(texts):
