@@ -19,10 +19,12 @@ import functools
 import hashlib
 import json
 import logging
+import math
 import os
 import shlex
 import sys
 import time
+import uuid
 from importlib.metadata import version
 from itertools import combinations
 from pathlib import Path
@@ -106,7 +108,7 @@ def load(path, device="auto", dtype="float32", sparse=False):
             model = SentenceTransformer(None if modules else str(folder), modules=modules, device=device)
         model.to(getattr(torch, dtype)).eval()
         model[0].register_forward_pre_hook(some_token)
-        model.encode(["a few words", ""], show_progress_bar=False)
+        model.encode(["a few words", "", "word " * BARE_LENGTH], show_progress_bar=False)
     except Exception as error:  # truncated weights, a broken tokenizer, shapes or modules that do not fit
         refusal = Error(f"expected a model that reads texts in {path}, got {brief(error)}; copy it again")
         raise error if isinstance(error, Error) else refusal from None
@@ -207,15 +209,17 @@ def folder_for(out):
     """Make --out, and write there once: a full disk is found now, not after hours."""
     try:
         Path(out).mkdir(parents=True, exist_ok=True)
-        write_whole(Path(out, "trial"), " " * 100_000)
-        Path(out, "trial").unlink()
+        trial = Path(out, f".trial-{uuid.uuid4().hex}")
+        write_whole(trial, " " * 100_000)
+        trial.unlink()
     except OSError as error:
         raise Error(f"expected a folder for --out, got {out} ({brief(error)}); pick another") from None
 
 def check_results(out, tasks):
     """Refuse to mix with scores of another mteb or other data; drop a file that a crash cut short."""
+    from mteb.results import TaskResult
     expected = {task.metadata.name: task.metadata.revision for task in tasks}
-    for file in sorted(Path(out).glob("results/*/*/*.json")):
+    for file in sorted(Path(out).glob(f"results/*/{'[0-9a-f]' * 40}/*.json")):
         try:
             found = json.loads(file.read_text("utf-8"))
         except (ValueError, RecursionError):
@@ -227,6 +231,12 @@ def check_results(out, tasks):
         for key, want in (("mteb_version", version("mteb")), ("dataset_revision", expected.get(file.stem))):
             if want and found.get(key, want) != want:
                 raise Error(f"expected {key} {want} in {out}, got {found[key]} in {file.stem}; change --out")
+        try:
+            good = file.stem == "model_meta" or math.isfinite(TaskResult.from_disk(file).get_score())
+        except Exception:  # pydantic has its own; no main score is a TypeError
+            good = False
+        if not good:
+            file.unlink()
 
 def known(task, models, cache):
     """{label: TaskResult} of earlier runs"""
@@ -270,7 +280,7 @@ def characters(task, longest=1000):
     return total * (getattr(task, "max_fraction_of_documents_to_embed", None) or 1) or None
 
 def characters_a_second(model, batch_size):
-    texts = ["a few words of text " * n for n in (2, 5, 10, 40)] * max(1, batch_size // 4)  # one batch
+    texts = ["a few words of text " * n for n in (2, 5, 10, 40)] * max(1, min(batch_size, 64) // 4)
     model.model.encode(texts[:4])
     began = time.time()
     model.model.encode(texts, batch_size=batch_size)
@@ -486,6 +496,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     print_anything()
     try:
+        if empty := [name for name, value in vars(args).items() if value == "" or value == [""]]:
+            raise Error(f"expected a value for {empty[0]}, got an empty one; is a variable not set?")
         if args.batch_size < 1:
             raise Error(f"expected a positive number for --batch-size, got {args.batch_size}; try 32")
         options = vars(args) | {"command": shlex.join(["python", "eval.py", *(argv or sys.argv[1:])])}

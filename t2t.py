@@ -100,7 +100,7 @@ from plumbing.backbones import (add_adapters, attention_kernel, check_head, fetc
                                 positions, read_backbone, usable_length)
 from plumbing.baselines import mntp, simcse, token_entropy
 from plumbing.cache import cached, hash_of, source_hash
-from plumbing.corpus import blocks, is_unspaced, tokenize, tokenize_corpus
+from plumbing.corpus import blocks, is_unspaced, tokenize, tokenize_corpus, tokenizer_hash
 from plumbing.losses import linear_vocab_kl, scatter_targets  # noqa: F401 (re-exported)
 
 # --------------------------------------------------------------------------------------------------- 1. words
@@ -144,7 +144,8 @@ def read_vocabulary(tok, V):
     canonical_id = np.full(V, -1)
     is_continuation, ends_in_letter, has_space = np.zeros((3, V), bool)
     spelling, forms = [""] * V, {}
-    raw = tok.convert_ids_to_tokens(list(range(min(V, len(tok)))))    # V may be padded beyond the tokenizer
+    n = 1 + max(tok.get_vocab().values(), default=-1)                  # V may be padded beyond the tokenizer
+    raw = tok.convert_ids_to_tokens(list(range(min(V, n))))
     special, added = set(tok.all_special_ids), set(tok.get_added_vocab().values())
     for v, token in enumerate(raw):
         if not token or v in special or (token[0] == "<" and token[-1] == ">"):
@@ -342,11 +343,12 @@ def coalesce(indices, probs):
 def method_targets(config, tokens, words, *, model, tok):
     """-> the function of --method: list of n id arrays -> indices (n,K), probs (n,K)."""
     K, temperature = config.top_k, config.temperature
-    check_words(words, config, tok)
+    sample = [tokens[n] for n in epoch_permutation(config.seed, 0, len(tokens))[:SAMPLE]]
+    row, _ = find_words(words, np.concatenate(sample), [len(ids) for ids in sample])
+    check_words(words, len(np.unique(row)) / len(sample), config, tok)
     if config.method in ("data", "both"):
         idf = np.log(len(tokens) / np.maximum(1, document_frequency(tokens, words)))
     if config.method in ("model", "both"):
-        sample = [tokens[n] for n in epoch_permutation(config.seed, 0, len(tokens))[:SAMPLE]]
         parts = blocks(tqdm(sample, "mean of log p"), 64)
         mean_log_p = sum(predict(part, model, tok).sum(0) for part in parts) / len(sample)            # (V,)
     of_data = lambda ids, K: data_targets(ids, words, idf, K, temperature=temperature)
@@ -411,18 +413,19 @@ def build_targets(config, tokens, words, *, model, tok, target_fn=None):
                           one_word_questions, predict, model_targets, method_targets, build_targets)
     of_model = config.method != "data" and (str(model.dtype), identity_of(config.backbone), config.seed,
                                             folders.versions())
-    return load(cached("targets", hash_of(made_by, tokens.folder.name, config.method, K, config.temperature,
-                                          texts.tolist(), of_model), write))
+    name = made_by, tokens.folder.name, config.method, K, config.temperature, texts.tolist(), of_model
+    return cached("targets", hash_of(*name), write, load)
 
 
 def show_targets(config, tokens, words, *, model, tok, target_fn=None):
     """--show-targets: a random sample of the texts, and the q of each."""
     some = [tokens[n] for n in epoch_permutation(config.seed, 0, len(tokens))[:config.show_targets]]
     make = target_fn or method_targets(config, tokens, words, model=model, tok=tok)
-    for text, indices, probs in zip(some, *make(some)):
-        best = sorted(((p, words.spelling[v]) for v, p in zip(indices, probs) if v >= 0), reverse=True)
-        print(f"\n{tok.decode(text.tolist(), skip_special_tokens=True).strip()}\n    "
-              f"{'  '.join(f'{t} {p:.3f}' for p, t in best) or '(no target)'}")
+    for part in blocks(some, 64):
+        for text, indices, probs in zip(part, *make(part)):
+            best = sorted(((p, words.spelling[v]) for v, p in zip(indices, probs) if v >= 0), reverse=True)
+            print(f"\n{tok.decode(text.tolist(), skip_special_tokens=True).strip()}\n    "
+                  f"{'  '.join(f'{t} {p:.3f}' for p, t in best) or '(no target)'}")
 
 
 # ---------------------------------------------------------------------------------------------------- 4. loss
@@ -627,7 +630,7 @@ def fit(model, embedder, config, *, out, tokens, q, on_step):
     # the loss of a predictor that does not see the text: for simcse it guesses, for mntp it knows frequencies
     constant_loss = q.marginal_kl if q else math.log(B) if contrasts else token_entropy(tokens, tok)
     must_stay = folders.identity(config) | {        # for --resume; own targets are known by this loss alone
-        "tokenizer": hash_of(sorted(tok.get_vocab().items())),
+        "tokenizer": tokenizer_hash(tok),
         "texts of the corpus": tokens.hash, "the loss that ignores the text": round(constant_loss, 3)}
 
     def forward(ids, mask):                                            # (b,T), (b,T) -> x (b,T,C), h (b,C)

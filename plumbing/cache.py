@@ -36,13 +36,17 @@ def file_hash(path):
 def files_below(folder, suffixes):
     """Files of such names, sorted, in a folder and all below it, linked ones too. Names that begin with a dot
     belong to the system: ._notes.txt, .git, .ipynb_checkpoints"""
+    def fails(error):
+        if isinstance(error, PermissionError):                  # else part of the texts would be missing
+            raise error
     seen, found = set(), []
-    for here, below, names in os.walk(folder, followlinks=True):
+    for here, below, names in os.walk(folder, onerror=fails, followlinks=True):
         new = os.path.realpath(here) not in seen                # a link to a folder above would never end
         seen.add(os.path.realpath(here))
         below[:] = sorted(name for name in below if new and name[0] != ".")
-        found += [Path(here, name) for name in names if new and name[0] != "." and name.endswith(suffixes)]
-    return sorted(f for f in found if f.is_file())
+        found += [Path(here, name) for name in names if new and name[0] != "."
+                  and name.lower().endswith(suffixes)]
+    return sorted(found)
 
 
 def file_stamps(path, suffixes=(".safetensors", ".bin")):
@@ -76,8 +80,19 @@ def cache_summary():
             f"for {KEEP_DAYS} days are removed.")
 
 
-def cached(kind, name, write):
-    """The folder that write(folder) fills, made once. Its time is that of its last use."""
+def cached(kind, name, write, read=lambda folder: folder):
+    """read(folder) of the folder that write(folder) fills, made once. What can not be read (after a power
+    failure, a file may be empty) is made again."""
+    folder = made(kind, name, write)
+    try:
+        return read(folder)
+    except (EOFError, ValueError):
+        shutil.rmtree(folder)
+        return read(made(kind, name, write))
+
+
+def made(kind, name, write):
+    """The folder. Its time is that of its last use."""
     folder = cache_path(kind, name)
     if not folder.exists():
         prune()

@@ -13,7 +13,13 @@ import typing
 from plumbing.cache import cache_root, cache_summary
 
 
-RANK, WORLD = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+def of_torchrun(name, default):
+    """What torchrun tells its processes. A cluster may set the same names for purposes of its own."""
+    return int(os.environ[name]) if "TORCHELASTIC_RUN_ID" in os.environ else default
+
+
+RANK, WORLD = of_torchrun("RANK", 0), of_torchrun("WORLD_SIZE", 1)
+LOCAL_WORLD = of_torchrun("LOCAL_WORLD_SIZE", 1)
 
 
 class Error(ValueError):
@@ -37,8 +43,8 @@ def kind(field):
 def print_anything():
     """A console that is not UTF-8 shows ? for what it does not know: a run must not end by what it prints.
     Of several processes, the first prints."""
-    if RANK:
-        sys.stdout = open(os.devnull, "w")
+    sys.stdout = open(os.devnull, "w") if RANK or not sys.stdout else sys.stdout      # it may be closed
+    sys.stderr = sys.stderr or open(os.devnull, "w")
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")
 
@@ -48,7 +54,7 @@ def parse(Config, doc):
     print_anything()
     signal.signal(signal.SIGINT, signal.SIG_DFL)                       # Ctrl-C amid imports: no traceback
     cache = cache_summary() if {"-h", "--help"} & set(sys.argv) else None
-    parser = argparse.ArgumentParser(prog="t2t.py", description=doc.split("\n")[0], epilog=cache,
+    parser = argparse.ArgumentParser(prog="t2t.py", description=(doc or "").split("\n")[0], epilog=cache,
                                      allow_abbrev=False)
     parser.error = end                                                 # argparse would add its usage
     for f in dataclasses.fields(Config):
@@ -57,7 +63,12 @@ def parse(Config, doc):
         value = {"action": "store_true"} if f.type is bool else value
         parser.add_argument(flag(f.name), help=f.metadata["doc"] + default, **value)
     try:
-        return checked(Config(**vars(parser.parse_args())))
+        config = checked(Config(**vars(parser.parse_args())))
+        size = os.environ.get("WORLD_SIZE", "")
+        if WORLD == 1 and size not in ("", "1"):                       # each would write to one folder
+            raise Error(f"WORLD_SIZE: expected torchrun to start several processes, got {size} without it: "
+                        "torchrun --nproc-per-node=N t2t.py ..., or unset WORLD_SIZE")
+        return config
     except Error as e:
         end(e)
 
@@ -69,6 +80,8 @@ def checked(config):
         choices, methods = f.metadata["choices"], f.metadata["methods"]
         if value is None or value == f.default:
             continue
+        if value == "":
+            raise Error(f"{name}: expected a value, got an empty one: is a variable not set?")
         if choices and value not in choices:
             raise Error(f"{name}: expected one of {', '.join(choices)}, got {value}")
         if least is not None and not least <= value < math.inf:
@@ -81,6 +94,14 @@ def checked(config):
         raise Error(f"--seed: expected at most 10^12, got {config.seed}")
     if config.method == "both" and config.top_k < 2:
         raise Error(f"--top-k: expected 2 or more for both kinds of target, got {config.top_k}")
+    if config.method == "mntp" and config.max_length < 2:
+        raise Error(f"--max-length: expected 2 or more for mntp, got {config.max_length}")
+    if config.temperature > 1e6:                                      # float32 has an end
+        raise Error(f"--temperature: expected at most 1e6, got {config.temperature:g}")
+    try:
+        config.prompt.encode()
+    except UnicodeEncodeError:                                        # as a locale that is not UTF-8 gives it
+        raise Error(f"--prompt: expected text in UTF-8, got {config.prompt!r}: set PYTHONUTF8=1") from None
     if config.method == "simcse" and config.batch_size < 2:
         raise Error(f"--batch-size: expected 2 or more, texts to tell apart, got {config.batch_size}")
     if config.resume and config.overwrite:
@@ -105,14 +126,22 @@ def run_command(train, config):
     except KeyboardInterrupt as e:
         end("" if RANK else str(e) or f"interrupted; if {config.out}/state/last.pt exists, --resume goes on "
             "from there", 130)
+    except BrokenPipeError:                                            # | head: nobody reads any more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(141)
     except OSError as e:
         where = e.filename or " and ".join(f"{folder} ({shutil.disk_usage(folder).free / 1e6:,.0f} MB free)"
                                            for folder in (config.out, cache_root()) if os.path.exists(folder))
         end(f"expected to read and write files, but {where}: {e.strerror or e}")
     except (RuntimeError, MemoryError) as e:
-        if not isinstance(e, MemoryError) and not re.search("(out of|enough|allocate) memory", str(e)):
+        if not out_of_memory(e):
             raise
         end(f"out of memory: {less_memory(config)}")
+
+
+def out_of_memory(e):
+    """Is it an error of too little memory? On a CPU, torch has no type for it."""
+    return isinstance(e, MemoryError) or bool(re.search("(out of|enough|allocate) memory", str(e)))
 
 
 def less_memory(config):

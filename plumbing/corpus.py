@@ -103,19 +103,24 @@ def read(source):
         files = files_below(path, SUFFIXES)
         if not files:
             raise Error(f"--corpus: expected a folder with {', '.join(SUFFIXES)} files, found none in {path}")
+        if odd := [f for f in files if not f.is_file()]:
+            raise Error(f"--corpus: expected files, but {odd[0]} is none, or a link to nothing")
         return (text for f in files for text in read_file(f))
     if not path.exists():
         raise Error(f"--corpus: expected docstrings, hub:NAME, a folder or a file, but {path} does not exist")
-    if not path.name.endswith(SUFFIXES):
+    if not path.is_file():
+        raise Error(f"--corpus: expected a file that can be read twice, but {path} is a pipe or a device")
+    if not path.name.lower().endswith(SUFFIXES):
         raise Error(f"--corpus: expected a file ending in {', '.join(SUFFIXES)}, got {path.name}")
     return read_file(path)
 
 
 def read_file(path):
-    if path.name.endswith(".parquet"):
+    name = path.name.lower()
+    if name.endswith(".parquet"):
         yield from parquet(path)
         return
-    with gzip.open(path, "rb") if path.name.endswith(".gz") else open(path, "rb") as lines:
+    with gzip.open(path, "rb") if name.endswith(".gz") else open(path, "rb") as lines:
         n = 0
         try:
             for n, line in enumerate(lines, 1):
@@ -124,7 +129,7 @@ def read_file(path):
                                 "binary, or UTF-16?")
                 line = line.decode("utf-8-sig" if n == 1 else "utf-8")
                 for text in line.rstrip("\r\n").split("\r"):             # old Macs end a line so
-                    if path.name.endswith(".txt"):
+                    if name.endswith(".txt"):
                         yield text
                     elif text.strip():
                         text = json.loads(text, parse_int=float)["text"]   # an int may have too many digits
@@ -149,7 +154,7 @@ def parquet(path):
         file = pyarrow.parquet.ParquetFile(path)
         names = file.schema_arrow.names
         if names.count("text") != 1:
-            raise Error(f"--corpus: expected a column called text in {path}, found {', '.join(names)}")
+            raise Error(f"--corpus: expected a column called text in {path}, found {', '.join(names[:10])}")
         kind = file.schema_arrow.field("text").type
         kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind    # categories of pandas
         if str(kind) not in ("string", "large_string", "string_view", "null"):   # null: not a single text
@@ -162,6 +167,9 @@ def parquet(path):
 
 def hub(name, column="text", configuration=None, split="train"):
     import datasets
+    if not name:
+        raise Error("--corpus: expected hub:NAME, got no name")
+
     def rows():
         try:
             yield from datasets.load_dataset(name, configuration or None, split=split, streaming=True)
@@ -274,11 +282,12 @@ def tokenize_corpus(source, tok, max_length):
     """Stream SOURCE through the tokenizer -> Tokens. Done once; later runs find the result on disk."""
     def write(folder):
         digest, counts, lengths = hashlib.blake2b(digest_size=16), Counts(), []
+        special = set(tok.all_special_ids)
         with open(folder / "ids", "wb") as out, tqdm(desc="tokenize", unit=" texts") as bar:
             for block in blocks(texts(source, counts), 4096):
-                ids = tokenize(tok, block, max_length)
-                counts.empty += ids.count([])              # nothing that the tokenizer knows
-                n = np.array([len(i) for i in ids if i], np.int64)
+                ids = [i for i in tokenize(tok, block, max_length) if not special.issuperset(i)]
+                counts.empty += len(block) - len(ids)      # nothing that the tokenizer knows
+                n = np.array([len(i) for i in ids], np.int64)
                 np.fromiter((i for x in ids for i in x), np.uint32, n.sum()).tofile(out)
                 lengths.append(n)
                 digest.update("\n".join(block).encode())
@@ -293,9 +302,12 @@ def tokenize_corpus(source, tok, max_length):
     made_by = source_hash(PACKAGES, LITERAL, MARKUP, CODE, OTHER, WORDS, ITEM, texts, mended, read,
                           read_file, parquet, hub, docstrings, prose, clean, tokenize, tokenize_corpus)
     name = hash_of(made_by, fingerprint(source), tokenizer_hash(tok), max_length)
-    folder = cached("tokens", name, write)
-    return Tokens(np.memmap(folder / "ids", np.uint32, "r"), np.load(folder / "start.npy"),
-                  (folder / "hash").read_text(), folder)
+    def load(folder):
+        ids, start = np.memmap(folder / "ids", np.uint32, "r"), np.load(folder / "start.npy")
+        if start[-1] != len(ids):
+            raise ValueError("ids are cut short")
+        return Tokens(ids, start, (folder / "hash").read_text(), folder)
+    return cached("tokens", name, write, load)
 
 
 def is_unspaced(letter):

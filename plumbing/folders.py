@@ -10,6 +10,7 @@ Files are written beside their place and renamed: a kill at any moment leaves th
 """
 import contextlib
 import dataclasses
+import fcntl
 import json
 import math
 import os
@@ -55,22 +56,39 @@ def start(config):
                     f"written: pass {out / 'ckpt'}" if out.is_dir() and os.access(out, os.W_OK) else
                     f"--out: expected a folder that can be written, got {out.parent}: pass another --out")
     inside = {f.name for f in out.iterdir()} if out.exists() else set()
-    begun = (out / "state" / "last.pt").exists()
+    begun, ours = (out / "state" / "last.pt").exists(), {"last.pt", "log.jsonl", "lock"}
+    if "state" in inside and (out / "state").is_dir():            # a user may have a folder of that name
+        whole = {f.name.removesuffix(".new").removesuffix(".partial") for f in (out / "state").iterdir()}
+        inside = inside - {"state"} | {f"state/{name}" for name in whole - ours}
     if begun and config.resume:
-        return out
-    if config.overwrite and ("t2t.json" in inside or not inside - {"state"}):
+        return locked(out)
+    if config.overwrite and ("t2t.json" in inside or not inside):
         pass                                                     # what is there stays until the new one is
     elif "t2t.json" in inside:
         raise Error(f"--out: {out} holds a finished checkpoint: add --overwrite to replace it, or pass "
                     "another --out")
-    elif other := sorted(inside - {"state"}):
+    elif other := sorted(inside):
         raise Error(f"--out: expected a new folder, but {out} holds {other[0]}: pass another --out")
     elif begun:
         raise Error(f"--out: {out} holds an interrupted run: add --resume to go on with it, or --overwrite")
     if config.resume:
         print(f"--resume: no interrupted run in {out}, so this one starts from the beginning", flush=True)
     (out / "state").mkdir(parents=True, exist_ok=True)
+    return locked(out)
+
+
+def locked(out):
+    """out, which no other process may take until this one ends."""
+    LOCKS.append(open(out / "state" / "lock", "w"))
+    try:
+        fcntl.lockf(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise Error(f"--out: expected a folder for this run alone, but another run writes to {out}: wait for "
+                    "it, or pass another --out") from None
     return out
+
+
+LOCKS = []               # files that stay open: a lock ends with its process, however that ends
 
 
 def aside_of(out):
@@ -141,8 +159,9 @@ def load_state(out, must_stay, model, optimizer, *, resume):
     if changed:
         raise Error(f"--resume: expected what the interrupted run had, got {', '.join(changed)}")
     if not RANK:                        # steps that came after the state are taken, and logged, again
-        lines = (out / "state" / "log.jsonl").read_text().splitlines()[:run["step"]]
-        write_whole(out / "state" / "log.jsonl", "".join(line + "\n" for line in lines))
+        log = out / "state" / "log.jsonl"
+        lines = log.read_text("utf-8", "replace").splitlines()[:run["step"]] if log.exists() else []
+        write_whole(log, "".join(line + "\n" for line in lines))
     return run
 
 
@@ -197,8 +216,12 @@ def save(out, embedder, config, facts):
         write_whole(here / "README.md", model_card(config, facts))
         if (out / "state" / "log.jsonl").exists():
             shutil.copy(out / "state" / "log.jsonl", here)
+    first = not (out / "t2t.json").exists()                       # no --overwrite of a finished checkpoint
     out.rename(aside)
     new.rename(out)
+    for f in aside.iterdir() if first else ():                    # what a user has put there meanwhile stays
+        if f.name != "state" and not (out / f.name).exists():
+            f.rename(out / f.name)
     shutil.rmtree(aside)
 
 

@@ -1,6 +1,5 @@
 """The memory of a training step: measured on one text and on two before a run; --grad-checkpointing."""
 import functools
-import os
 import weakref
 from contextlib import nullcontext
 from pathlib import Path
@@ -12,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from plumbing.backbones import attention_kernel
-from plumbing.cli import WORLD, Error, less_memory
+from plumbing.cli import LOCAL_WORLD, WORLD, Error, less_memory
 
 
 class Peak(TorchDispatchMode):
@@ -41,7 +40,7 @@ class Peak(TorchDispatchMode):
 
 def texts_at_once(T, config):
     """How many texts of T tokens a micro-batch holds: more of short ones."""
-    return config.micro_batch * config.max_length // max(1, T)
+    return config.micro_batch * config.max_length // max(1, int(T))
 
 
 def of_step(forward, H, model, *, optimizer, T, config):
@@ -77,7 +76,7 @@ def free(device):
     limit = Path("/sys/fs/cgroup/memory.max")                          # of a container
     limit = limit.read_text().strip() if limit.is_file() else "max"
     most = float("inf") if limit == "max" else int(limit) - psutil.Process().memory_info().rss
-    return min(most, psutil.virtual_memory().available) / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return min(most, psutil.virtual_memory().available) / LOCAL_WORLD
 
 
 def compared(need, there, config):

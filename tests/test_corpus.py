@@ -1,6 +1,7 @@
 """Corpora: every format reads the same texts, and bad ones end in one line that names file and line."""
 import gzip
 import json
+import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -9,7 +10,7 @@ import pytest
 
 from plumbing import cache, corpus
 from plumbing.cli import Error
-from plumbing.corpus import texts
+from plumbing.corpus import texts, tokenize_corpus
 
 GOOD = ["The first text.", "Ein zweiter Text, über Käse.", "A third."]
 
@@ -248,3 +249,32 @@ def test_cached_leaves_nothing_half_written(tmp_path, monkeypatch):
     made = corpus.cached("kind", "name", lambda folder: (folder / "all").write_text("whole"))
     assert [f.name for f in made.iterdir()] == ["all"]
     assert corpus.cached("kind", "name", fails) == made                # found, so not written again
+
+
+def test_a_damaged_cache_is_made_again(tok, texts_file, tmp_path, monkeypatch):
+    """Files that a power failure has emptied or cut."""
+    monkeypatch.setenv("T2T_CACHE", str(tmp_path))
+    good = tokenize_corpus(texts_file, tok, 64)
+    ids = good.ids.tolist()
+    for name, content in ("start.npy", b""), ("ids", b""), ("ids", (good.folder / "ids").read_bytes()[:400]):
+        (good.folder / name).write_bytes(content)
+        assert tokenize_corpus(texts_file, tok, 64).ids.tolist() == ids
+
+
+def test_texts_of_special_tokens_alone_are_empty(tok, texts_file):
+    """Cut after <s>, all texts are one."""
+    with pytest.raises(Error, match="at least one text that has a token"):
+        tokenize_corpus(texts_file, tok, 1)
+
+
+def test_what_a_folder_can_not_give_is_named(tmp_path):
+    (tmp_path / "A.TXT").write_text("one\n")
+    assert list(texts(tmp_path)) == ["one"]
+    (tmp_path / "b.txt").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(Error, match="b.txt is none, or a link to nothing"):
+        list(texts(tmp_path))
+    os.mkfifo(tmp_path / "pipe.txt")                                  # a second run would find it empty
+    with pytest.raises(Error, match="is a pipe or a device"):
+        list(texts(tmp_path / "pipe.txt"))
+    with pytest.raises(Error, match="expected hub:NAME"):
+        list(texts("hub:"))

@@ -102,7 +102,7 @@ def encoded(monkeypatch):
     calls, encode = [], SentenceTransformer.encode
 
     def counted(self, sentences, *args, **kwargs):
-        if len(sentences) > 2:  # not what `load` tries
+        if len(sentences) > 3:  # not what `load` tries
             calls.append(len(sentences))
         return encode(self, sentences, *args, **kwargs)
     monkeypatch.setattr(SentenceTransformer, "encode", counted)
@@ -292,15 +292,21 @@ def test_cut_short_result_is_scored_again(bare, data, tmp_path, encoded):
     assert encoded and json.loads(file.read_text())["task_name"] == "STSBenchmark"
 
 
-@pytest.mark.parametrize("content", ["{}", "[]", "null", "[" * 100_000, '{"scores": 3}'])
+@pytest.mark.parametrize("content", ["{}", "[]", "null", "[" * 100_000, '{"scores": 3}', "other scores"])
 def test_results_that_are_no_results_are_scored_again(content, bare, data, tmp_path):
     args = (bare, "--tasks", "STSBenchmark", "--data-dir", data, "--out", tmp_path, "--device", "cpu")
     assert run(*args) == 0
     files = list(tmp_path.glob("results/*/*/*.json"))
     assert {f.stem for f in files} == {"STSBenchmark", "model_meta"}
+    others = tmp_path / "results" / "mine" / "run1" / "metrics.json"
+    others.parent.mkdir(parents=True)
+    wrong = {"scores": {"test": "x"}}                                 # the rest as mteb wrote it
     for file in files:
-        file.write_text(content)
+        whole = json.dumps(json.loads(file.read_text()) | wrong)
+        file.write_text(whole if content == "other scores" else content)
+    others.write_text(content)
     assert run(*args) == 0
+    assert others.read_text() == content                              # not of eval.py
     assert "scores" in json.loads(tmp_path.glob("results/*/*/STSBenchmark.json").__next__().read_text())
 
 

@@ -310,6 +310,12 @@ def test_weights_and_settings_that_are_damaged(broken, checkpoint, backbone, tex
     assert "no folder here" in refused(lambda: Embedder.load("nowhere/at/all"))
 
 
+def test_fewer_layers_in_the_settings_than_in_the_file(broken, checkpoint):
+    settings = json.loads((checkpoint / "config.json").read_text())
+    folder = broken("config.json", settings | {"num_hidden_layers": 1, "layer_types": None})
+    assert "also has model.layers.1." in refused(lambda: Embedder.load(folder))
+
+
 def test_nan_where_no_check_reads_it(tmp_path, tok):
     """In the last row of an embedding that is not the head: the logits of other tokens are finite."""
     model = family("llama", V=500)

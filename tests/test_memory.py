@@ -121,7 +121,7 @@ def test_a_container_may_have_less_than_the_machine(tmp_path, monkeypatch):
     for text, expected in (("max", 8e12), (str(held + 10**12), 1e12)):
         limit.write_text(text + "\n")
         assert_close(float(memory.free("cpu")), float(expected), rtol=1e-3, atol=0)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")           # of torchrun: they share the memory
+    monkeypatch.setattr(memory, "LOCAL_WORLD", 4)         # of torchrun: they share the memory
     assert_close(float(memory.free("cpu")), 0.25e12, rtol=1e-3, atol=0)
 
 

@@ -31,6 +31,9 @@ class FakeTokenizer:
     def __len__(self):
         return len(self.tokens)
 
+    def get_vocab(self):
+        return {token: i for i, token in enumerate(self.tokens)}
+
     def get_added_vocab(self):
         return {"<s>": 0}
 
@@ -99,11 +102,26 @@ def test_a_word_that_a_user_adds_is_a_word():
 
 
 def test_a_tokenizer_without_spaces_is_named():
-    """Pieces of WordPiece: a beginning has no mark, so nothing is a whole word."""
-    words = read_vocabulary(FakeTokenizer(["<s>", "dog", "##s", "house"], "\u0120"), 4)
-    with pytest.raises(Error, match="--backbone: expected a tokenizer that marks .* FakeTokenizer"):
-        method_targets(Config(method="data", top_k=2), [], words, model=None,
-                       tok=FakeTokenizer([], ""))
+    """Pieces of WordPiece: a beginning has no mark, so nothing is a whole word but a letter of Chinese."""
+    tok = FakeTokenizer(["<s>", "dog", "##s", "house", "\u732b"], "\u0120")
+    texts = [np.array([1, 2, 3]), np.array([3]), np.array([1]), np.array([1, 3]), np.array([3, 1, 1])]
+    def make(texts):
+        tokens = Tokens(np.concatenate(texts), np.cumsum([0, *map(len, texts)]), "", None)
+        return method_targets(Config(method="data", top_k=2), tokens, read_vocabulary(tok, 5), model=None,
+                              tok=tok)
+    with pytest.raises(Error, match="--backbone: expected a tokenizer that marks .* FakeTokenizer .* in 0% "):
+        make(texts)
+    assert make([np.array([4]), *texts[:3]])([np.array([4])])[0].tolist() == [[4, -1]]
+
+
+def test_numbers_of_tokens_may_have_gaps():
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+    own = Tokenizer(models.WordLevel({"?": 0, "\u2581dog": 7, "\u2581cat": 90}, "?"))
+    own.decoder = decoders.Metaspace()
+    tok = PreTrainedTokenizerFast(tokenizer_object=own, unk_token="?")
+    words = read_vocabulary(tok, 100)
+    assert np.flatnonzero(words.canonical_id >= 0).tolist() == [7, 90] and words.spelling[90] == "cat"
 
 
 def test_split_words_count_once():
@@ -230,7 +248,7 @@ def test_no_text_with_a_target(tok, tmp_path):
     (tmp_path / "a.txt").write_text("the and of\n1 2 3\n")
     words = read_vocabulary(tok, len(tok))
     tokens = tokenize_corpus(str(tmp_path / "a.txt"), tok, 128)
-    with pytest.raises(Error, match="no text has a single target token"):
+    with pytest.raises(Error, match="finds one in 0% of the texts"):
         build_targets(Config(method="data", top_k=4), tokens, words, model=None, tok=tok)
 
 

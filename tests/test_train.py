@@ -244,7 +244,7 @@ def test_ctrl_c_and_kill_leave_a_state(backbone, texts_file, tmp_path, how):
     args = ["--backbone", backbone, "--corpus", texts_file, "--out", out, "--batch-size", 16, "--top-k", 8,
             "--steps", 4000, "--save-every", 2, "--device", "cpu", "--dtype", "float32"]
     run = cli(*args)
-    for _ in range(600):
+    for _ in range(3000):
         if (out / "state" / "last.pt").exists() and len(log(out)) > 5:
             break
         time.sleep(0.1)
@@ -322,6 +322,55 @@ def test_another_tokenizer_is_refused(backbone, texts_file, tmp_path):
     (mine / "tokenizer.json").write_text(swapped.replace(one.replace("dog", "?"), one.replace("dog", "cat")))
     with pytest.raises(Error, match="--resume: .*tokenizer"):
         train(config(mine, texts_file, tmp_path / "a", resume=True))
+
+
+def test_what_others_put_into_out_stays(backbone, texts_file, tmp_path):
+    """Before a run: refused, also in a folder called state. While it runs: kept."""
+    (tmp_path / "a" / "state").mkdir(parents=True)
+    (tmp_path / "a" / "state" / "notes.txt").write_text("mine")
+    with pytest.raises(Error, match="holds state/notes.txt"):
+        train(config(backbone, texts_file, tmp_path / "a", steps=1))
+    out = train(config(backbone, texts_file, tmp_path / "b", steps=1),
+                on_step=lambda *_: (tmp_path / "b" / "notes.txt").write_text("mine"))
+    assert (Path(out) / "notes.txt").read_text() == "mine" and not (Path(out) / "state").exists()
+
+
+def test_two_runs_do_not_share_a_folder(backbone, texts_file, tmp_path):
+    """Even before the first saving."""
+    args = ["--backbone", backbone, "--corpus", texts_file, "--out", tmp_path / "a", "--device", "cpu",
+            "--method", "data", "--top-k", 8, "--steps", 1, "--dtype", "float32"]
+    code = ("import sys, time; from plumbing import folders; from t2t import Config\n"
+            "folders.start(Config(out=sys.argv[1])); print('has it', flush=True); time.sleep(600)")
+    first = subprocess.Popen([sys.executable, "-c", code, tmp_path / "a"], cwd=ROOT, stdout=subprocess.PIPE)
+    try:
+        assert first.stdout.readline() == b"has it\n"
+        second = cli(*args)
+        _, err = second.communicate(timeout=300)
+        assert second.returncode == 2 and "another run writes to" in err and "Traceback" not in err
+    finally:
+        first.kill()
+        first.communicate()
+    assert train(config(backbone, texts_file, tmp_path / "a", steps=1))    # its lock has ended with it
+
+
+@pytest.mark.parametrize("environment, says", [
+    ({"WORLD_SIZE": "2", "RANK": "0"}, "expected torchrun to start several processes"),
+    ({"RANK": "1", "LOCAL_WORLD_SIZE": "0", "WORLD_SIZE": ""}, "")])
+def test_a_clusters_own_variables(environment, says, backbone, tmp_path):
+    """They start no processes: none waits for others that do not come, none takes itself for the second."""
+    args = ["--backbone", str(backbone), "--method", "none", "--out", str(tmp_path / "a"), "--device", "cpu"]
+    done = subprocess.run([sys.executable, "t2t.py", *args], cwd=ROOT, env={**os.environ, **environment},
+                          capture_output=True, text=True)
+    assert done.returncode == (2 if says else 0) and says in done.stderr and "Traceback" not in done.stderr
+    assert (tmp_path / "a" / "t2t.json").exists() == (not says)
+
+
+def test_a_reader_that_goes_away_and_a_console_that_is_closed(backbone, texts_file, tmp_path):
+    line = (f"{sys.executable} t2t.py --backbone {backbone} --corpus {texts_file} --method data --top-k 8 "
+            "--device cpu --show-targets 300")
+    for end in "| head -1; exit ${PIPESTATUS[0]}", ">&- 2>&-":
+        done = subprocess.run(["bash", "-c", f"{line} {end}"], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode in (0, 141) and "error" not in done.stderr and "Traceback" not in done.stderr
 
 
 def test_out_may_not_be_in_the_corpus(backbone, texts_file, tmp_path):
@@ -574,7 +623,7 @@ def test_bad_input_ends_in_one_line(backbone, texts_file, tmp_path, capsys):
     (tmp_path / "empty.txt").write_text("")
     assert "expected at least one text" in fails(capsys, **good, corpus=str(tmp_path / "empty.txt"))
     (tmp_path / "dull.txt").write_text("the of and\n")
-    assert "no text has a single target" in fails(capsys, **good, corpus=str(tmp_path / "dull.txt"))
+    assert "finds one in 0% of the texts" in fails(capsys, **good, corpus=str(tmp_path / "dull.txt"))
     good["corpus"] = str(texts_file)
     assert "at most the size of the vocabulary, 500" in fails(capsys, **{**good, "top_k": 501})
     assert "hub id needs a network" in fails(capsys, **{**good, "backbone": "nobody/nothing"})
@@ -582,8 +631,11 @@ def test_bad_input_ends_in_one_line(backbone, texts_file, tmp_path, capsys):
     (tmp_path / "full" / "thesis.tex").write_text("mine")
     assert "holds thesis.tex" in fails(capsys, **{**good, "out": str(tmp_path / "full")})
     assert "is a file" in fails(capsys, **{**good, "out": str(texts_file)})
-    for here in (".", "", ".."):                                    # renaming it would pull away the ground
+    for here in (".", ".."):                                        # renaming it would pull away the ground
         assert "pass a name such as ckpt" in fails(capsys, **{**good, "out": here})
+    for name in "out", "init", "corpus", "backbone":                 # as of a variable that is not set
+        with pytest.raises(Error, match=f"--{name}: expected a value, got an empty one"):
+            train(Config(**{**good, name: ""}))
     assert "expected at most 256, the positions of" in fails(capsys, **good, max_length=257)
     assert "expected a checkpoint made from" in fails(capsys, **good, init=str(other_vocabulary(tmp_path)))
     assert not (tmp_path / "out" / "t2t.json").exists()
