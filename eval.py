@@ -19,18 +19,17 @@ import functools
 import hashlib
 import json
 import logging
-import math
 import os
 import shlex
 import sys
+import tempfile
 import time
-import uuid
 from importlib.metadata import version
 from itertools import combinations
 from pathlib import Path
 
 from plumbing.cache import write_json, write_whole
-from plumbing.cli import Error, print_anything
+from plumbing.cli import Error, flag, print_anything
 # no mteb or torch up here: --help and wrong arguments answer at once
 
 BENCHMARK = "MTEB(eng, v2)"
@@ -91,8 +90,6 @@ def load(path, device="auto", dtype="float32", sparse=False):
     """A SentenceTransformer from a checkpoint, a bare causal LM, or a hub id; sparse: the SparseEncoder of a
     checkpoint."""
     folder = find(path)
-    if sparse and not (folder / "sparse" / "modules.json").is_file():
-        raise Error(f"expected CKPT/sparse for --sparse, got none in {path}; train it with t2t.py")
     import torch
     import transformers
     from sentence_transformers import SentenceTransformer, SparseEncoder
@@ -110,7 +107,8 @@ def load(path, device="auto", dtype="float32", sparse=False):
         model[0].register_forward_pre_hook(some_token)
         model.encode(["a few words", "", "word " * BARE_LENGTH], show_progress_bar=False)
     except Exception as error:  # truncated weights, a broken tokenizer, shapes or modules that do not fit
-        refusal = Error(f"expected a model that reads texts in {path}, got {brief(error)}; copy it again")
+        refusal = Error(f"expected a model that reads texts in {path}, got {brief(error)}; copy it again, or "
+                        "try another")
         raise error if isinstance(error, Error) else refusal from None
     if not all(bool(weight.isfinite().all()) for weight in model.parameters()):
         raise Error(f"expected finite weights in {path}, got NaN or infinity; use an earlier checkpoint")
@@ -209,9 +207,8 @@ def folder_for(out):
     """Make --out, and write there once: a full disk is found now, not after hours."""
     try:
         Path(out).mkdir(parents=True, exist_ok=True)
-        trial = Path(out, f".trial-{uuid.uuid4().hex}")
-        write_whole(trial, " " * 100_000)
-        trial.unlink()
+        with tempfile.TemporaryFile(dir=out) as trial:
+            trial.write(bytes(100_000))
     except OSError as error:
         raise Error(f"expected a folder for --out, got {out} ({brief(error)}); pick another") from None
 
@@ -232,11 +229,13 @@ def check_results(out, tasks):
             if want and found.get(key, want) != want:
                 raise Error(f"expected {key} {want} in {out}, got {found[key]} in {file.stem}; change --out")
         try:
-            good = file.stem == "model_meta" or math.isfinite(TaskResult.from_disk(file).get_score())
+            score = 0 if file.stem == "model_meta" else TaskResult.from_disk(file).get_score()
+            good = isinstance(score, (int, float))
         except Exception:  # pydantic has its own; no main score is a TypeError
             good = False
         if not good:
-            file.unlink()
+            print(f"eval.py: {file} is damaged and will be made again", file=sys.stderr)
+            file.rename(file.with_suffix(".damaged"))
 
 def known(task, models, cache):
     """{label: TaskResult} of earlier runs"""
@@ -346,7 +345,7 @@ def evaluate(paths, tasks=None, data_dir=None, out="runs/mteb", *, batch_size=32
     try:
         write_json(Path(out, "table.json"), table)
         write_whole(Path(out, "table.md"), render(table))
-    except OSError as error:                           # main prints it all the same
+    except OSError as error:                           # main still prints the table
         print(f"eval.py: table not written to {out}: {brief(error)}", file=sys.stderr)
     for label, path in zip(models, folders):
         if Path(path, "t2t.json").is_file() and dtype == "float32":    # of t2t.py: its card names its scores
@@ -392,13 +391,13 @@ SPARSE_TASKS = ["SciFact", "LIMITSmallRetrieval", "STS12", "STS13", "STSBenchmar
 
 def compare_sparse(path, tasks, *, batch_size, device, dtype="float32"):
     """Scores x 100 of dense, sparse, BM25 and their fusions on mteb tasks -> {row: {column: value}}, and
-    {task: why it has not all scores}"""
+    {task: why scores are missing}"""
     import mteb
     from mteb.models import SearchEncoderWrapper, SentenceTransformerEncoderWrapper, SparseEncoderWrapper
 
     from plumbing.search import Fusion, Remembering, Store
-    encoders = {"sparse": SparseEncoderWrapper(load(path, device, dtype, sparse=True))}
-    encoders = {"dense": SentenceTransformerEncoderWrapper(load(path, device, dtype)), **encoders}
+    encoders = {"dense": SentenceTransformerEncoderWrapper(load(path, device, dtype)),
+                "sparse": SparseEncoderWrapper(load(path, device, dtype, sparse=True))}
     table, missing, options = {}, {}, {"batch_size": batch_size, "show_progress_bar": False}
 
     def score(name, model, task):
@@ -459,7 +458,8 @@ def evaluate_sparse(paths, tasks=None, data_dir=None, out="runs/mteb", *, batch_
     folder_for(out)
     names = [Path(path).resolve().name for path in paths]
     for path in paths:                                 # a wrong one is refused before hours of work
-        find(path)
+        if not (find(path) / "sparse" / "modules.json").is_file():
+            raise Error(f"expected CKPT/sparse for --sparse, got none in {path}; train it with t2t.py")
     for path, name in zip(paths, names):
         name = "-".join(Path(path).resolve().parts[1:]) if names.count(name) > 1 else name
         chosen = pick(tasks or (SPARSE_TASKS if benchmark == BENCHMARK else None), benchmark)
@@ -496,8 +496,10 @@ def main(argv=None):
     args = parser.parse_args(argv)
     print_anything()
     try:
-        if empty := [name for name, value in vars(args).items() if value == "" or value == [""]]:
-            raise Error(f"expected a value for {empty[0]}, got an empty one; is a variable not set?")
+        if empty := [name for name, value in vars(args).items() if value == "" or "" in (
+                value if isinstance(value, list) else ())]:
+            option = "CKPT" if empty[0] == "paths" else flag(empty[0])
+            raise Error(f"expected a value for {option}, got an empty one; is a variable not set?")
         if args.batch_size < 1:
             raise Error(f"expected a positive number for --batch-size, got {args.batch_size}; try 32")
         options = vars(args) | {"command": shlex.join(["python", "eval.py", *(argv or sys.argv[1:])])}

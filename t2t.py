@@ -343,12 +343,11 @@ def coalesce(indices, probs):
 def method_targets(config, tokens, words, *, model, tok):
     """-> the function of --method: list of n id arrays -> indices (n,K), probs (n,K)."""
     K, temperature = config.top_k, config.temperature
-    sample = [tokens[n] for n in epoch_permutation(config.seed, 0, len(tokens))[:SAMPLE]]
-    row, _ = find_words(words, np.concatenate(sample), [len(ids) for ids in sample])
-    check_words(words, len(np.unique(row)) / len(sample), config, tok)
+    check_words(words, config, tok)
     if config.method in ("data", "both"):
         idf = np.log(len(tokens) / np.maximum(1, document_frequency(tokens, words)))
     if config.method in ("model", "both"):
+        sample = [tokens[n] for n in epoch_permutation(config.seed, 0, len(tokens))[:SAMPLE]]
         parts = blocks(tqdm(sample, "mean of log p"), 64)
         mean_log_p = sum(predict(part, model, tok).sum(0) for part in parts) / len(sample)            # (V,)
     of_data = lambda ids, K: data_targets(ids, words, idf, K, temperature=temperature)

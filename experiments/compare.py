@@ -479,8 +479,8 @@ def report(a):
         if found := sorted(Path(a.runs).glob(f"{place(name, '[0-9]*', a).name}.npz")):
             facts[name], arrays[name] = zip(*(read_run(file, a) for file in found))
     old = known.get("rows", {})
-    table = {name: row_of(name, published_runs(name, facts.get(name, []), old.get(name, {})))
-             for name in order if name in facts or name in old}
+    table = {name: row_of(name, made) for name in order
+             if (made := published_runs(name, facts.get(name, []), old.get(name, {})))}
     complete = any(set(STS) <= {k.split("/")[1] for k in at} for found in arrays.values() for at in found)
     tasks = [evaluation.localize(t, a.data_dir) for t in evaluation.pick(STS)] if complete else []
     for task in tasks:

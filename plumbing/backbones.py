@@ -90,6 +90,8 @@ def read_gguf(file, beside, folder, option):
         tok = AutoTokenizer.from_pretrained(where[0], trust_remote_code=False,
                                             **({} if beside else {"gguf_file": where[1]}))
     except Exception as e:                                          # gguf and transformers raise many types
+        if out_of_memory(e):
+            raise
         raise Error(f"{option}: expected a GGUF file that transformers reads (a Llama, Qwen, Mistral, Gemma, "
                     f"...); {file} is damaged, cut short or of another kind: {why(e)}") from None
     inside = reader.fields.get("tokenizer.ggml.tokens")                # its list may be padded
@@ -198,7 +200,7 @@ def read_backbone(name, attention, dtype=torch.float32, option="--backbone"):
     if missing:
         raise Error(f"{option}: expected a whole causal language model, but {where} lacks {missing[0]} and "
                     f"{len(missing) - 1} other weights: an encoder, or a damaged download?")
-    pattern = lambda key: re.sub(r"\.\d+\.", ".#.", key)               # of a weight in any layer
+    pattern = lambda key: re.sub(r"\.\d+\.", ".#.", key)           # the name without the layer's number
     own = {pattern(key) for key in model.state_dict() if pattern(key) != key}
     if more := sorted(key for key in info["unexpected_keys"] if pattern(key) in own):
         raise Error(f"{option}: expected as many layers as config.json says, but {where} also has {more[0]}: "

@@ -37,7 +37,8 @@ def files_below(folder, suffixes):
     """Files of such names, sorted, in a folder and all below it, linked ones too. Names that begin with a dot
     belong to the system: ._notes.txt, .git, .ipynb_checkpoints"""
     def fails(error):
-        if isinstance(error, PermissionError):                  # else part of the texts would be missing
+        # otherwise a part of the texts would be missing; lost+found is of the file system
+        if isinstance(error, PermissionError) and Path(error.filename).name != "lost+found":
             raise error
     seen, found = set(), []
     for here, below, names in os.walk(folder, onerror=fails, followlinks=True):
@@ -81,7 +82,7 @@ def cache_summary():
 
 
 def cached(kind, name, write, read=lambda folder: folder):
-    """read(folder) of the folder that write(folder) fills, made once. What can not be read (after a power
+    """read(folder) of the folder that write(folder) fills, made once. What `read` can not read (after a power
     failure, a file may be empty) is made again."""
     folder = made(kind, name, write)
     try:
@@ -92,7 +93,7 @@ def cached(kind, name, write, read=lambda folder: folder):
 
 
 def made(kind, name, write):
-    """The folder. Its time is that of its last use."""
+    """Make the folder, unless it is there, and return it. Its time is set to that of its last use."""
     folder = cache_path(kind, name)
     if not folder.exists():
         prune()

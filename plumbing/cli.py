@@ -96,7 +96,7 @@ def checked(config):
         raise Error(f"--top-k: expected 2 or more for both kinds of target, got {config.top_k}")
     if config.method == "mntp" and config.max_length < 2:
         raise Error(f"--max-length: expected 2 or more for mntp, got {config.max_length}")
-    if config.temperature > 1e6:                                      # float32 has an end
+    if config.temperature > 1e6:                                      # more overflows float32
         raise Error(f"--temperature: expected at most 1e6, got {config.temperature:g}")
     try:
         config.prompt.encode()
@@ -133,7 +133,7 @@ def run_command(train, config):
         where = e.filename or " and ".join(f"{folder} ({shutil.disk_usage(folder).free / 1e6:,.0f} MB free)"
                                            for folder in (config.out, cache_root()) if os.path.exists(folder))
         end(f"expected to read and write files, but {where}: {e.strerror or e}")
-    except (RuntimeError, MemoryError) as e:
+    except Exception as e:
         if not out_of_memory(e):
             raise
         end(f"out of memory: {less_memory(config)}")

@@ -104,7 +104,7 @@ def read(source):
         if not files:
             raise Error(f"--corpus: expected a folder with {', '.join(SUFFIXES)} files, found none in {path}")
         if odd := [f for f in files if not f.is_file()]:
-            raise Error(f"--corpus: expected files, but {odd[0]} is none, or a link to nothing")
+            raise Error(f"--corpus: expected files, but {odd[0]} is a pipe, or a link to nothing")
         return (text for f in files for text in read_file(f))
     if not path.exists():
         raise Error(f"--corpus: expected docstrings, hub:NAME, a folder or a file, but {path} does not exist")
@@ -304,9 +304,10 @@ def tokenize_corpus(source, tok, max_length):
     name = hash_of(made_by, fingerprint(source), tokenizer_hash(tok), max_length)
     def load(folder):
         ids, start = np.memmap(folder / "ids", np.uint32, "r"), np.load(folder / "start.npy")
-        if start[-1] != len(ids):
-            raise ValueError("ids are cut short")
-        return Tokens(ids, start, (folder / "hash").read_text(), folder)
+        digest = (folder / "hash").read_text()
+        if start[-1] != len(ids) or not digest:
+            raise ValueError("a file is cut short")
+        return Tokens(ids, start, digest, folder)
     return cached("tokens", name, write, load)
 
 

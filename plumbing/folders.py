@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from plumbing import processes
 from plumbing.backbones import identity_of
 from plumbing.cache import os_errors, write_json, write_whole
-from plumbing.cli import RANK, Error, flag, why
+from plumbing.cli import RANK, Error, flag, out_of_memory, why
 
 
 # ----------------------------------------------------------------------------------------- the state of a run
@@ -45,8 +45,9 @@ def start(config):
         aside.rename(out) if not out.exists() else shutil.rmtree(aside)
     if out.exists() and not out.is_dir():
         raise Error(f"--out: expected a folder, but {out} is a file: pass another --out")
-    if config.method != "none" and Path(config.corpus).is_dir() and out.is_relative_to(
-            Path(config.corpus).resolve()):
+    corpus = Path(config.corpus).resolve()
+    if config.method != "none" and config.corpus != "docstrings" and corpus.is_dir() and (
+            out.is_relative_to(corpus) and not any(part[0] == "." for part in out.relative_to(corpus).parts)):
         raise Error(f"--out: expected a folder outside of --corpus {config.corpus}, whose files are read as "
                     f"texts, got {config.out}: pass another --out")
     if os.path.ismount(out):                                     # the finished one could not take its place
@@ -85,10 +86,12 @@ def locked(out):
     except BlockingIOError:
         raise Error(f"--out: expected a folder for this run alone, but another run writes to {out}: wait for "
                     "it, or pass another --out") from None
+    except OSError:
+        pass                                                      # a file system without locks
     return out
 
 
-LOCKS = []               # files that stay open: a lock ends with its process, however that ends
+LOCKS = []               # open files: a lock ends when its file is closed, or with the process
 
 
 def aside_of(out):
@@ -154,6 +157,8 @@ def load_state(out, must_stay, model, optimizer, *, resume):
         if not changed:
             put_back(state, model, optimizer)
     except Exception as e:                                        # torch has many types for a damaged file
+        if isinstance(e, OSError) or out_of_memory(e):
+            raise
         raise Error(f"--resume: expected the state of a run, but {file} is damaged ({why(e)[:80]}): pass "
                     "--overwrite to start again") from None
     if changed:
@@ -174,8 +179,10 @@ def put_back(state, model, optimizer):
             raise ValueError(f"{name} has another shape")
         p.copy_(state["weights"][name])
     optimizer.load_state_dict(state["optimizer"])
-    for p in learned.values():
-        if not p.shape == optimizer.state[p]["exp_avg"].shape == optimizer.state[p]["exp_avg_sq"].shape:
+    if optimizer.state.keys() - set(learned.values()) or not optimizer.state:
+        raise ValueError("moments of other weights, or none")
+    for p, m in optimizer.state.items():                          # a weight that no text uses has none
+        if not p.shape == m["exp_avg"].shape == m["exp_avg_sq"].shape:
             raise ValueError("moments of another shape")
     if [type(state["run"][k]) for k in ("step", "seconds", "scale", "losses")] != [int, float, float, list]:
         raise ValueError("no step, seconds, scale and losses")
@@ -216,13 +223,15 @@ def save(out, embedder, config, facts):
         write_whole(here / "README.md", model_card(config, facts))
         if (out / "state" / "log.jsonl").exists():
             shutil.copy(out / "state" / "log.jsonl", here)
-    first = not (out / "t2t.json").exists()                       # no --overwrite of a finished checkpoint
+    was_checkpoint = (out / "t2t.json").exists()                  # then --overwrite replaces all
     out.rename(aside)
     new.rename(out)
-    for f in aside.iterdir() if first else ():                    # what a user has put there meanwhile stays
-        if f.name != "state" and not (out / f.name).exists():
+    for f in () if was_checkpoint else aside.iterdir():           # what a user has put there meanwhile stays,
+        if f.name != "state" and not (out / f.name).exists():     # unless the checkpoint has that name
             f.rename(out / f.name)
-    shutil.rmtree(aside)
+    while LOCKS:                                                  # NFS does not remove what is open
+        LOCKS.pop().close()
+    shutil.rmtree(aside, ignore_errors=True)                      # `start` removes what is left
 
 
 def save_dense(folder, embedder, prompts):

@@ -313,16 +313,13 @@ def test_results_that_are_no_results_are_scored_again(content, bare, data, tmp_p
 def test_a_disk_that_fills(bare, data, tmp_path, capsys, monkeypatch):
     """Before the work: refused. After it: the table is printed, though it can not be written."""
     args = (bare, "--tasks", "STSBenchmark", "--data-dir", data, "--out", tmp_path, "--device", "cpu")
-    whole = ev.write_whole
-
-    def full(path, text):
-        if path.suffix or first:
-            raise OSError(28, "No space left on device")
-        whole(path, text)
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+    with monkeypatch.context() as patch:
+        patch.setattr(ev.tempfile, "TemporaryFile", full)
+        assert run(*args) == 2 and "No space left" in own_line(capsys)
     monkeypatch.setattr(ev, "write_whole", full)
-    first = True
-    assert run(*args) == 2 and "No space left" in own_line(capsys)
-    first = False
+    monkeypatch.setattr(ev, "write_json", full)
     assert run(*args) == 0
     printed = capsys.readouterr()
     assert "| STS" in printed.out and "table not written" in printed.err and "No space left" in printed.err

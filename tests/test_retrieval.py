@@ -49,9 +49,9 @@ def test_fusion_by_hand():
     assert fused.search({"id": ["q"]}, 10) == {"q": pytest.approx({"x": 1 / 61, "y": 1 / 62 + 1 / 61})}
 
 
-def test_a_checkpoint_without_sparse_is_refused(backbone):
+def test_a_checkpoint_without_sparse_is_refused(backbone, tmp_path):
     with pytest.raises(Error, match="expected CKPT/sparse"):
-        ev.compare_sparse(str(backbone), [], batch_size=8, device="cpu")
+        ev.evaluate_sparse([str(backbone)], [], out=str(tmp_path), device="cpu")
 
 
 # ---------------------------------------------------------------------- through mteb, on a made-up SciFact

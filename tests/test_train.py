@@ -305,6 +305,24 @@ def test_another_backbone_is_refused(backbone, texts_file, tmp_path):
         train(config(mine, texts_file, tmp_path / "a", resume=True))
 
 
+def test_a_weight_that_no_text_uses_is_resumed(backbone, texts_file, tmp_path, monkeypatch):
+    """Such as those of the part of a model that sees: AdamW has no moments for it."""
+    real = t2t.make_trainable
+
+    def with_unused(model, rank, seed):
+        model = real(model, rank, seed)
+        model.unused = torch.nn.Parameter(torch.ones(3))
+        return model
+    monkeypatch.setattr(t2t, "make_trainable", with_unused)
+
+    def crash(step, _):
+        if step == 3:
+            raise Stop
+    with pytest.raises(Stop):
+        train(config(backbone, texts_file, tmp_path / "a"), on_step=crash)
+    assert len(log(train(config(backbone, texts_file, tmp_path / "a", resume=True)))) == 6
+
+
 def test_another_tokenizer_is_refused(backbone, texts_file, tmp_path):
     """The same words under other numbers: the weights would read other tokens."""
     mine = shutil.copytree(backbone, tmp_path / "mine")
@@ -623,7 +641,7 @@ def test_bad_input_ends_in_one_line(backbone, texts_file, tmp_path, capsys):
     (tmp_path / "empty.txt").write_text("")
     assert "expected at least one text" in fails(capsys, **good, corpus=str(tmp_path / "empty.txt"))
     (tmp_path / "dull.txt").write_text("the of and\n")
-    assert "finds one in 0% of the texts" in fails(capsys, **good, corpus=str(tmp_path / "dull.txt"))
+    assert "no text has a single target" in fails(capsys, **good, corpus=str(tmp_path / "dull.txt"))
     good["corpus"] = str(texts_file)
     assert "at most the size of the vocabulary, 500" in fails(capsys, **{**good, "top_k": 501})
     assert "hub id needs a network" in fails(capsys, **{**good, "backbone": "nobody/nothing"})
