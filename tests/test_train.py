@@ -40,6 +40,18 @@ def weights(folder):
     return load_file(Path(folder) / "model.safetensors")
 
 
+class Stop(Exception):
+    pass
+
+
+def crash_at(n):
+    """For on_step: ends a run after step n."""
+    def on_step(step, _):
+        if step == n:
+            raise Stop
+    return on_step
+
+
 def log(folder):
     folder = Path(folder) / "state" if (Path(folder) / "state").exists() else Path(folder)
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
@@ -150,12 +162,8 @@ def test_own_targets_are_resumed_with_the_same_function_alone(backbone, texts_fi
     even = lambda rows: (np.stack([four + len(row) % 5 for row in rows]),
                          np.full((len(rows), 4), 0.25, np.float32))
     whole = train(config(backbone, texts_file, tmp_path / "whole"), targets=even)
-
-    def crash(step, _):
-        if step == 5:
-            raise Stop
     with pytest.raises(Stop):
-        train(config(backbone, texts_file, tmp_path / "part"), targets=even, on_step=crash)
+        train(config(backbone, texts_file, tmp_path / "part"), targets=even, on_step=crash_at(5))
     with pytest.raises(Error, match="the loss that ignores the text"):
         train(config(backbone, texts_file, tmp_path / "part", resume=True))
     part = train(config(backbone, texts_file, tmp_path / "part", resume=True), targets=even)
@@ -211,19 +219,12 @@ def test_more_batch_than_texts(backbone, tmp_path):
 
 
 # --------------------------------------------------------------------------------------------------- resuming
-class Stop(Exception):
-    pass
-
-
 @pytest.mark.parametrize("rank, dtype", [(0, "float32"), (4, "float32"), (4, "bfloat16")])
 def test_resumed_equals_uninterrupted(backbone, texts_file, tmp_path, rank, dtype):
     whole = train(config(backbone, texts_file, tmp_path / "whole", lora_rank=rank, dtype=dtype))
-
-    def crash(step, _):
-        if step == 5:
-            raise Stop                                           # after step 5, the state is that of step 4
     with pytest.raises(Stop):
-        train(config(backbone, texts_file, tmp_path / "part", lora_rank=rank, dtype=dtype), on_step=crash)
+        train(config(backbone, texts_file, tmp_path / "part", lora_rank=rank, dtype=dtype),
+              on_step=crash_at(5))                               # the state is that of step 4
     assert [f.name for f in (tmp_path / "part").iterdir()] == ["state"]
     part = train(config(backbone, texts_file, tmp_path / "part", lora_rank=rank, dtype=dtype, resume=True))
     assert_close(weights(part), weights(whole), rtol=0, atol=0)
@@ -280,13 +281,8 @@ def test_a_folder_beside_which_nothing_can_be_made(backbone, texts_file, tmp_pat
 
 
 def test_resume_with_changed_arguments(backbone, texts_file, tmp_path):
-    def crash(step, _):
-        raise Stop
-    with pytest.raises(Stop):
-        train(config(backbone, texts_file, tmp_path / "a", save_every=1), on_step=crash)
-    with pytest.raises(Stop):                          # crash() comes before the first save: step 2 has one
-        train(config(backbone, texts_file, tmp_path / "c", save_every=1),
-              on_step=lambda s, _: s == 2 and crash(s, _))
+    with pytest.raises(Stop):                          # on_step comes before the saving: step 2 finds one
+        train(config(backbone, texts_file, tmp_path / "c", save_every=1), on_step=crash_at(2))
     with pytest.raises(Error, match=r"--lr 0.5 \(was 0.004\), --seed 7 \(was 42\)"):
         train(config(backbone, texts_file, tmp_path / "c", resume=True, lr=0.5, seed=7))
 
@@ -294,12 +290,8 @@ def test_resume_with_changed_arguments(backbone, texts_file, tmp_path):
 def test_another_backbone_is_refused(backbone, texts_file, tmp_path):
     """Other weights in the same folder, between the stop and --resume."""
     mine = shutil.copytree(backbone, tmp_path / "mine")
-
-    def crash(step, _):
-        if step == 3:
-            raise Stop
     with pytest.raises(Stop):
-        train(config(mine, texts_file, tmp_path / "a"), on_step=crash)
+        train(config(mine, texts_file, tmp_path / "a"), on_step=crash_at(3))
     family("llama", V=500, tie_word_embeddings=True).save_pretrained(mine)
     with pytest.raises(Error, match="weights of the backbone"):
         train(config(mine, texts_file, tmp_path / "a", resume=True))
@@ -314,24 +306,16 @@ def test_a_weight_that_no_text_uses_is_resumed(backbone, texts_file, tmp_path, m
         model.unused = torch.nn.Parameter(torch.ones(3))
         return model
     monkeypatch.setattr(t2t, "make_trainable", with_unused)
-
-    def crash(step, _):
-        if step == 3:
-            raise Stop
     with pytest.raises(Stop):
-        train(config(backbone, texts_file, tmp_path / "a"), on_step=crash)
+        train(config(backbone, texts_file, tmp_path / "a"), on_step=crash_at(3))
     assert len(log(train(config(backbone, texts_file, tmp_path / "a", resume=True)))) == 6
 
 
 def test_another_tokenizer_is_refused(backbone, texts_file, tmp_path):
     """The same words under other numbers: the weights would read other tokens."""
     mine = shutil.copytree(backbone, tmp_path / "mine")
-
-    def crash(step, _):
-        if step == 3:
-            raise Stop
     with pytest.raises(Stop):
-        train(config(mine, texts_file, tmp_path / "a"), on_step=crash)
+        train(config(mine, texts_file, tmp_path / "a"), on_step=crash_at(3))
     text = (mine / "tokenizer.json").read_text()
     ids = json.loads(text)["model"]["vocab"]
     one, two = (f'"{word}":{ids[word]}' for word in ("\u0120dog", "\u0120cat"))
@@ -444,22 +428,16 @@ def test_overwrite(backbone, texts_file, tmp_path):
     out = train(config(backbone, texts_file, tmp_path / "a", steps=1))
     with pytest.raises(Error, match="holds a finished checkpoint: add --overwrite"):
         train(config(backbone, texts_file, out))
-
-    def crash(*_):
-        raise Stop
     with pytest.raises(Stop):                                 # the old one stays until the new one is there
-        train(config(backbone, texts_file, out, steps=2, overwrite=True), on_step=crash)
+        train(config(backbone, texts_file, out, steps=2, overwrite=True), on_step=crash_at(1))
     assert Embedder.load(out).encode(["x"]).shape == (1, 32)
     again = train(config(backbone, texts_file, out, steps=3, overwrite=True))
     assert len(log(again)) == 3 and not (Path(out) / "state").exists()
 
 
 def test_overwrite_of_a_mistake_keeps_the_interrupted_run(backbone, texts_file, tmp_path):
-    def crash(step, _):
-        if step == 5:
-            raise Stop
     with pytest.raises(Stop):
-        train(config(backbone, texts_file, tmp_path / "a"), on_step=crash)
+        train(config(backbone, texts_file, tmp_path / "a"), on_step=crash_at(5))
     with pytest.raises(Error, match="no-such-file"):
         train(config(backbone, "no-such-file.txt", tmp_path / "a", overwrite=True))
     train(config(backbone, texts_file, tmp_path / "a", resume=True))
