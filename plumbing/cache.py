@@ -37,7 +37,7 @@ def files_below(folder, suffixes):
     """Files of such names, sorted, in a folder and all below it, linked ones too. Names that begin with a dot
     belong to the system: ._notes.txt, .git, .ipynb_checkpoints"""
     def fails(error):
-        # otherwise a part of the texts would be missing; lost+found is of the file system
+        # if it were skipped, a part of the texts would be missing; only lost+found never holds texts
         if isinstance(error, PermissionError) and Path(error.filename).name != "lost+found":
             raise error
     seen, found = set(), []

@@ -65,7 +65,7 @@ def parse(Config, doc):
     try:
         config = checked(Config(**vars(parser.parse_args())))
         size = os.environ.get("WORLD_SIZE", "")
-        if WORLD == 1 and size not in ("", "1"):                       # each would write to one folder
+        if WORLD == 1 and size not in ("", "1"):                       # all would write to one folder
             raise Error(f"WORLD_SIZE: expected torchrun to start several processes, got {size} without it: "
                         "torchrun --nproc-per-node=N t2t.py ..., or unset WORLD_SIZE")
         return config
@@ -126,7 +126,7 @@ def run_command(train, config):
     except KeyboardInterrupt as e:
         end("" if RANK else str(e) or f"interrupted; if {config.out}/state/last.pt exists, --resume goes on "
             "from there", 130)
-    except BrokenPipeError:                                            # | head: nobody reads any more
+    except BrokenPipeError:                                            # as by | head: the reader has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(141)
     except OSError as e:

@@ -79,7 +79,7 @@ def start(config):
 
 
 def locked(out):
-    """out, which no other process may take until this one ends."""
+    """Lock out against other processes, until the run ends, and return it."""
     LOCKS.append(open(out / "state" / "lock", "w"))
     try:
         fcntl.lockf(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
