@@ -79,7 +79,7 @@ def start(config):
 
 
 def locked(out):
-    """Lock out against other processes, until the run ends, and return it."""
+    """Lock the folder `out` against other processes until the run ends; return it."""
     LOCKS.append(open(out / "state" / "lock", "w"))
     try:
         fcntl.lockf(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
