@@ -213,29 +213,23 @@ def folder_for(out):
         raise Error(f"expected a folder for --out, got {out} ({brief(error)}); pick another") from None
 
 def check_results(out, tasks):
-    """Refuse to mix with scores of another mteb or other data; drop a file that a crash cut short."""
+    """Refuse to mix with scores of another mteb or other data; set files aside that have no score."""
     from mteb.results import TaskResult
     expected = {task.metadata.name: task.metadata.revision for task in tasks}
     for file in sorted(Path(out).glob(f"results/*/{'[0-9a-f]' * 40}/*.json")):
         try:
-            found = json.loads(file.read_text("utf-8"))
-        except (ValueError, RecursionError):
-            found = None
-        parts = {"mteb_version", "dataset_revision", "scores"} if file.stem != "model_meta" else {"name"}
-        if not isinstance(found, dict) or parts - set(found):
-            file.unlink()
-            continue
-        for key, want in (("mteb_version", version("mteb")), ("dataset_revision", expected.get(file.stem))):
-            if want and found.get(key, want) != want:
-                raise Error(f"expected {key} {want} in {out}, got {found[key]} in {file.stem}; change --out")
-        try:
-            score = 0 if file.stem == "model_meta" else TaskResult.from_disk(file).get_score()
-            good = isinstance(score, (int, float))
-        except Exception:  # pydantic has its own; no main score is a TypeError
-            good = False
-        if not good:
+            if file.stem == "model_meta":
+                json.loads(file.read_text("utf-8"))["name"]
+                continue
+            found = TaskResult.from_disk(file)
+            float(found.get_score())
+        except Exception:  # cut short by a crash, or of another's making; pydantic has its own exceptions
             print(f"eval.py: {file} is damaged and will be made again", file=sys.stderr)
             file.rename(file.with_suffix(".damaged"))
+            continue
+        for key, want in (("mteb_version", version("mteb")), ("dataset_revision", expected.get(file.stem))):
+            if want and (got := getattr(found, key)) != want:
+                raise Error(f"expected {key} {want} in {out}, got {got} in {file.stem}; change --out")
 
 def known(task, models, cache):
     """{label: TaskResult} of earlier runs"""
