@@ -101,7 +101,7 @@ def load(path, device="auto", dtype="float32", sparse=False):
         if sparse:
             model = SparseEncoder(str(folder / "sparse"), device=device)
         else:
-            modules = None if (folder / "modules.json").is_file() else read_bare(folder, path)
+            modules = None if (folder / "modules.json").is_file() else read_bare(folder)
             model = SentenceTransformer(None if modules else str(folder), modules=modules, device=device)
         model.to(getattr(torch, dtype)).eval()
         model[0].register_forward_pre_hook(some_token)
@@ -129,31 +129,19 @@ def some_token(module, args):
         empty = batch["input_ids"].new_zeros(len(batch["input_ids"]), 1).long()
         batch.update(input_ids=empty, attention_mask=empty)
 
-def read_bare(folder, path):
+def read_bare(folder):
     """[Transformer, mean Pooling] of a causal LM without sentence-transformers files."""
     from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
-    from transformers import AutoConfig, AutoModel
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    if (folder / "adapter_config.json").is_file():  # transformers would add it, unasked
-        raise Error(f"expected a whole model in {path}, got an adapter too; merge it into the model first")
+    from plumbing.backbones import positions, read_backbone
+    model, tok = read_backbone(str(folder), "causal", option="CKPT")  # refuses damaged ones, others
     code = {"trust_remote_code": False}  # else a console is asked to run it
-    config = AutoConfig.from_pretrained(folder, **code)
-    kinds = config.architectures or ["no architecture"]
-    if not set(kinds) & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()):
-        raise Error(f"expected modules.json or a causal LM in {path}, got {kinds[0]}; add its modules.json")
-    # transformers draws tensors that the file lacks at random and only warns: such scores mean nothing.
-    if absent := AutoModel.from_pretrained(folder, output_loading_info=True, **code)[1]["missing_keys"]:
-        raise Error(f"expected all weights in {path}, got no {min(absent)}; copy all of the folder")
-    cap = getattr(config.get_text_config(), "max_position_embeddings", None) or BARE_LENGTH
     # text as it is: else sentence-transformers would put it into the chat template of an instruct model
     as_text = {"text": {"method": "forward", "method_output_name": "last_hidden_state"}}
-    reader = Transformer(str(folder), max_seq_length=min(cap, BARE_LENGTH), model_kwargs=code,
+    reader = Transformer(str(folder), max_seq_length=min(positions(model), BARE_LENGTH), model_kwargs=code,
                          processor_kwargs=code, config_kwargs={"is_causal": True, **code},
                          modality_config=as_text, module_output_name="token_embeddings")
-    if reader.tokenizer.pad_token is None:  # padding is masked out: which token stands there does not matter
-        some = reader.tokenizer.convert_ids_to_tokens(min(reader.tokenizer.get_vocab().values()))
-        reader.tokenizer.pad_token = reader.tokenizer.eos_token or some
-    reader.tokenizer.padding_side = "right"  # on the left it would shift the positions that a model learned
+    # padding is masked out: which token stands there does not matter; on the left it would shift positions
+    reader.tokenizer.pad_token, reader.tokenizer.padding_side = tok.pad_token, "right"
     return [reader, Pooling(reader.get_embedding_dimension(), pooling_mode="mean")]
 
 # ---------------------------------------------------------------------------------------- 2. tasks and scores
