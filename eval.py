@@ -16,7 +16,6 @@ import argparse
 import copy
 import difflib
 import functools
-import hashlib
 import json
 import logging
 import os
@@ -28,7 +27,7 @@ from importlib.metadata import version
 from itertools import combinations
 from pathlib import Path
 
-from plumbing.cache import write_json, write_whole
+from plumbing.cache import file_hash, hash_of, write_json, write_whole
 from plumbing.cli import Error, flag, print_anything
 # no mteb or torch up here: --help and wrong arguments answer at once
 
@@ -71,20 +70,14 @@ def model_files(folder):
     return sorted(f for f in files if f.is_file() and f.name != "generation_config.json"
                   and any(f.match(pattern) for pattern in READ))
 
-def digest(files, root, salt=""):
-    """sha256 over names and contents, read in pieces: weights can be larger than memory."""
-    total = hashlib.sha256(salt.encode())
-    for file in files:
-        total.update(f"\0{file.relative_to(root).as_posix()}\0{file.stat().st_size}\0".encode())
-        with open(file, "rb") as stream:
-            hashlib.file_digest(stream, lambda: total)
-    return total.hexdigest()[:40]
+def contents_hash(files, root, salt=""):
+    return hash_of(salt, [(f.relative_to(root).as_posix(), file_hash(f)) for f in files])
 
 def revision(folder, dtype="float32"):
     """What scores are filed under: the contents, and how it is read, which none of its files says."""
     bare = not (folder / "modules.json").is_file()
     salt = f"causal, mean, {BARE_LENGTH}, no template" * bare + dtype * (dtype != "float32")
-    return digest(model_files(folder), folder, salt)
+    return contents_hash(model_files(folder), folder, salt)
 
 def load(path, device="auto", dtype="float32", sparse=False):
     """A SentenceTransformer from a checkpoint, a bare causal LM, or a hub id; sparse: the SparseEncoder of a
@@ -169,7 +162,7 @@ def pick(names, benchmark=BENCHMARK):
 def localize(task, data_dir):
     """The task on DIR/<hub path>/, filed by its contents; on a copy, as mteb shares metadata in a process."""
     folder, local = Path(data_dir, task.metadata.dataset["path"]), copy.copy(task)
-    contents = digest(sorted(f for f in folder.rglob("*") if f.is_file()), folder)
+    contents = contents_hash(sorted(f for f in folder.rglob("*") if f.is_file()), folder)
     source = {**task.metadata.dataset, "path": str(folder.absolute()), "revision": f"local-{contents}"}
     local.metadata = task.metadata.model_copy(update={"dataset": source})
 
@@ -204,7 +197,7 @@ def check_results(out, tasks):
     """Refuse to mix with scores of another mteb or other data; set files aside that have no score."""
     from mteb.results import TaskResult
     expected = {task.metadata.name: task.metadata.revision for task in tasks}
-    for file in sorted(Path(out).glob(f"results/*/{'[0-9a-f]' * 40}/*.json")):
+    for file in sorted(Path(out).glob(f"results/*/{'[0-9a-f]' * 20}/*.json")):
         try:
             if file.stem == "model_meta":
                 json.loads(file.read_text("utf-8"))["name"]

@@ -82,12 +82,6 @@ def effective_rank(shares):
     return float(np.exp(-(shares * np.log(np.maximum(shares, 1e-30))).sum()))
 
 
-def spread(h):
-    """What the page and the picture show of a spectrum"""
-    shares = spectrum(h)
-    return {"spectrum": shares.tolist(), "effective rank": effective_rank(shares)}
-
-
 def shift_first(base, tuned):
     """(N,C), (N,C) -> (C,) the mean shift that training made along the first principal direction of base, and
     that shift in units of the mean coefficient: arXiv 2406.17378 finds that adding this to base is nearly
@@ -113,16 +107,11 @@ def sample(tokens, n):
     return list(islice((i for i in map(tokens.__getitem__, order) if len(i) >= 8), n))
 
 
-def aligned(z, embedder, ids):
-    """Both alignments of logits z (N,V) with N texts"""
-    special = set(embedder.tok.all_special_ids)
-    every = alignment(z, [set(i.tolist()) - special for i in ids])
-    return every | {"key": key_alignment(z, embedder.words, ids)}
-
-
 def measure(h, parts, embedder, ids):
     """Alignment and quality on N texts of vectors h (N,C) and parts (see halves)."""
-    return aligned(embedder.logits(torch.as_tensor(h).float()), embedder, ids) | {"halves": finds(*parts)}
+    z, special = embedder.logits(torch.as_tensor(h).float()), set(embedder.tok.all_special_ids)
+    every = alignment(z, [set(i.tolist()) - special for i in ids])
+    return every | {"key": key_alignment(z, embedder.words, ids), "halves": finds(*parts)}
 
 
 # --------------------------------------------------------------------------------------------------- WordNet
@@ -228,7 +217,9 @@ def analyze(ckpt, texts=(), corpus=None):
     for name, e in stages.items():
         pooled = lambda rows: e.pooled(rows).numpy()
         h[name], parts[name] = pooled(ids), halves(ids, pooled)
-        facts[name] = measure(h[name], parts[name], e, ids) | spread(h[name])
+        shares = spectrum(h[name])
+        facts[name] = measure(h[name], parts[name], e, ids) | {
+            "spectrum": shares.tolist(), "effective rank": effective_rank(shares)}
     shift, facts["shift"] = shift_first(h["start"], h["after"])
     moved = [x + shift for x in (h["start"], *parts["start"])]
     facts["start, first PC moved"] = measure(moved[0], moved[1:], start, ids)

@@ -34,6 +34,7 @@ import torch  # noqa: E402
 from scipy.stats import rankdata, spearmanr, ttest_ind  # noqa: E402
 from scipy.stats import t as t_distribution  # noqa: E402
 from sklearn.linear_model import LogisticRegression  # noqa: E402
+from sklearn.metrics import ndcg_score  # noqa: E402
 from sklearn.metrics.pairwise import paired_cosine_distances  # noqa: E402
 from sklearn.preprocessing import normalize  # noqa: E402
 
@@ -134,10 +135,6 @@ def whitening_matrix(h, power=0.5, ridge=0.01):
     return (E * eigenvalues ** (-power / 2) @ E.T).float()
 
 
-def whitened(read, W):
-    return lambda texts: read(texts) @ W
-
-
 def once(read):
     """read, each text once: both columns and all tasks share vectors."""
     kept = {}
@@ -210,7 +207,7 @@ def run(name, seed, tasks, a, *, baselines, some):
         read, made = reader(*train(name, RUNS[name], seed, a))
         facts = {k: made[k] for k in KEPT if k in made} | {"commit": None if begun else here}
         W = whitening_matrix(torch.from_numpy(read(some))).numpy()
-    for how, reading in [("raw", read)] + [("whitened", whitened(read, W))] * (W is not None):
+    for how, reading in [("raw", read)] + [("whitened", lambda texts: read(texts) @ W)] * (W is not None):
         scores, items = score(reading, missing)
         kept["scores"].setdefault(how, {}).update(scores)
         arrays |= {f"{how}/{t}": np.stack(x).astype(np.float32) for t, x in items.items()}
@@ -244,7 +241,6 @@ def validation(data_dir):
     found = set().union(*(relevant[q] for q in queries))
     documents = sorted(found) + list(rng.permutation(sorted(set(document) - found))[:300])
     hit = np.array([[d in relevant[q] for d in documents] for q in queries], float)  # (queries,docs)
-    discount = 1 / np.log2(np.arange(min(10, len(documents))) + 2)
 
     def scores(read):
         sts = spearmanr(cosines(read, [r["sentence1"] for r in pairs], [r["sentence2"] for r in pairs]),
@@ -253,10 +249,8 @@ def validation(data_dir):
         accuracy = LogisticRegression().fit(x, label[fitted]).score(y, label[others])
         similarity = (normalize(read([text[q] for q in queries]))
                       @ normalize(read([document[d] for d in documents])).T)
-        best = np.take_along_axis(hit, np.argsort(-similarity, 1, "stable")[:, :10], 1)
-        ideal = -np.sort(-hit, 1)[:, :10]
-        ndcg = ((best @ discount) / (ideal @ discount)).mean()
-        return {k: round(100 * float(v), 2) for k, v in zip(SPLITS, (sts, accuracy, ndcg))}
+        found = sts, accuracy, ndcg_score(hit, similarity, k=10)
+        return {k: round(100 * float(v), 2) for k, v in zip(SPLITS, found)}
     return scores
 
 

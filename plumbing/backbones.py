@@ -152,7 +152,6 @@ def weights_hash(folder, stamps):
                     if f.suffix in (".safetensors", ".bin") or f.name == "config.json"])
 
 
-@functools.lru_cache
 def hub_license(name):
     """The licence that a model's card on the hub names, or None."""
     try:

@@ -35,11 +35,6 @@ def flag(name):
     return "--" + name.replace("_", "-")
 
 
-def kind(field):
-    """The type of a setting's value: of `float | None`, float."""
-    return (typing.get_args(field.type) or (field.type,))[0]
-
-
 def print_anything():
     """A console that is not UTF-8 shows ? for what it does not know: a run must not end by what it prints.
     Of several processes, the first prints."""
@@ -59,7 +54,8 @@ def parse(Config, doc):
     parser.error = end                                                 # argparse would add its usage
     for f in dataclasses.fields(Config):
         default = "" if f.default is None or f.type is bool else f" (default: {f.default!r})"
-        value = {"type": kind(f), "default": f.default, "choices": f.metadata["choices"]}
+        kind = (typing.get_args(f.type) or (f.type,))[0]               # of `float | None`, float
+        value = {"type": kind, "default": f.default, "choices": f.metadata["choices"]}
         value = {"action": "store_true"} if f.type is bool else value
         parser.add_argument(flag(f.name), help=f.metadata["doc"] + default, **value)
     try:

@@ -28,11 +28,6 @@ def write(path, kind):
     return path
 
 
-@pytest.mark.parametrize("kind", corpus.SUFFIXES)
-def test_formats(tmp_path, kind):
-    assert list(texts(write(tmp_path / f"a{kind}", kind))) == GOOD
-
-
 def test_folder_reads_all_files_and_drops_duplicates(tmp_path):
     for kind in corpus.SUFFIXES:
         write(tmp_path / f"a{kind}", kind)
@@ -56,13 +51,6 @@ def test_a_stream_is_not_read_ahead(tmp_path):
     assert next(stream) == "good"                                     # the second line is not looked at yet
     with pytest.raises(Error, match="line 2"):
         next(stream)
-
-
-def test_half_a_character_is_replaced(tmp_path, tok):
-    """JSON may hold one half of a UTF-16 pair, a tokenizer may not."""
-    (tmp_path / "a.jsonl").write_text('{"text": "cut emoji \\ud83d"}\n')
-    [text] = texts(tmp_path / "a.jsonl")
-    assert text == "cut emoji ?" and corpus.tokenize(tok, [text], 8)[0]
 
 
 @pytest.mark.parametrize("name, data, says", [

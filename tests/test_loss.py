@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from t2t import Head, coalesce, linear_vocab_kl, vocab_kl
 
@@ -56,14 +55,6 @@ def test_gradcheck(impl):
     for reduction in ("none", "mean", "sum"):
         loss = lambda h, W, b: linear_vocab_kl(h, W, i, p, b, reduction, impl, None, 0.7, 2.0, 3)
         assert torch.autograd.gradcheck(loss, (h, W, b))
-
-
-def test_gradient_is_softmax_minus_target(impl):
-    x, i, p = case(6, 40, 8)
-    x.requires_grad_()
-    vocab_kl(x, i, p, "sum", impl).backward()
-    q = torch.zeros(6, 41, dtype=torch.float64).scatter_add_(1, i.where(i >= 0, 40), p)[:, :40]
-    assert_close(x.grad, q.sum(1, keepdim=True) * F.softmax(x.detach(), 1) - q)
 
 
 def test_invariants(impl):
@@ -127,31 +118,9 @@ def test_linear_equals_dense_logits(chunk, softcap, scale, bias, impl):
     assert_close(torch.autograd.grad(got, wrt), torch.autograd.grad(want, wrt))
 
 
-class Largest(TorchDispatchMode):
-    """The most rows of a V-wide result of any operation, forward and backward."""
-    rows = 0
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        out = op(*args, **(kwargs or {}))
-        if isinstance(out, torch.Tensor) and out.ndim == 2 and out.shape[1] == 777:
-            self.rows = max(self.rows, out.shape[0])
-        return out
-
-
-def test_linear_never_holds_more_than_a_chunk():
-    h, W = torch.randn(64, 12, requires_grad=True), torch.randn(777, 12)
-    i, p = torch.randint(0, 777, (64, 5)), torch.rand(64, 5)
-    with Largest() as seen:
-        linear_vocab_kl(h, W, i, p, impl="torch", chunk=8).backward()
-    assert seen.rows in (8, 12)        # 12: W transposed is (12,777), no logits
-    with Largest() as seen:
-        vocab_kl(h @ W.T, i, p, impl="torch").backward()
-    assert seen.rows == 64             # the counter does count
-
-
 @pytest.mark.parametrize("softcap", [None, 3.0])
 def test_linear_allocates_a_chunk(impl, softcap):
-    """The same by bytes, for the operation that Python cannot look into."""
+    """The largest allocation: one chunk of logits, not all of (N,V)."""
     h, W = torch.randn(64, 12, requires_grad=True), torch.randn(777, 12)
     i, p = torch.randint(0, 777, (64, 5)), torch.rand(64, 5)
     cpu = [torch.profiler.ProfilerActivity.CPU]
@@ -159,12 +128,6 @@ def test_linear_allocates_a_chunk(impl, softcap):
         linear_vocab_kl(h, W, i, p, impl=impl, softcap=softcap, chunk=8).backward()
     largest = max(e.self_cpu_memory_usage for e in seen.events())
     assert 8 * 777 * 4 <= largest < 16 * 777 * 4
-
-
-def test_frozen_weight_gets_no_gradient(impl):
-    h, W = torch.randn(5, 8, requires_grad=True), torch.randn(20, 8)
-    linear_vocab_kl(h, W, torch.randint(0, 20, (5, 3)), torch.rand(5, 3), impl=impl).backward()
-    assert h.grad is not None and W.grad is None
 
 
 @pytest.mark.parametrize("change, says", [

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import FAMILIES, family
+from conftest import family
 from test_train import Stop, config, log, weights
 from torch.testing import assert_close
 
@@ -195,7 +195,7 @@ def test_target_loss_is_its_equation():
 
 
 # ---------------------------------------------------------------------------------------- the measured scale
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", ["llama", "gemma2", "cohere"])      # as it is, a soft cap, a scale
 def test_no_default_is_fitted_to_one_models_norms(name, tmp_path, tok, texts_file):
     """With the measured s, the first step's loss is at most ln V, whatever a family's norms are, also when
     the rows of its head are 50 times as long."""
@@ -222,8 +222,8 @@ def test_scale_by_hand():
 
 
 # ------------------------------------------------------------------------------- the loop, for all methods
-@pytest.mark.parametrize("method", ["simcse", "mntp", "data"])
-def test_every_method_resumes_bit_for_bit(method, backbone, texts_file, tmp_path):
+@pytest.mark.parametrize("method", ["simcse", "mntp"])
+def test_baselines_resume_bit_for_bit(method, backbone, texts_file, tmp_path):
     whole = config(backbone, texts_file, tmp_path / "whole", method=method)
     train(whole)
     part = config(backbone, texts_file, tmp_path / "part", method=method)

@@ -1,11 +1,7 @@
 """What counts as a word, and the targets made from them: worked by hand, and their invariants."""
 import copy
 import math
-import os
-import subprocess
-import sys
 import unicodedata
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -238,21 +234,6 @@ def test_an_end_of_text_stays_out_of_the_question(tok, backbone):
     assert_close(t2t.predict(ids, model, ending), t2t.predict(ids, model, tok), rtol=0, atol=0)
 
 
-def test_no_text_with_a_target(tok, tmp_path):
-    (tmp_path / "a.txt").write_text("the and of\n1 2 3\n")
-    words = read_vocabulary(tok, len(tok))
-    tokens = tokenize_corpus(str(tmp_path / "a.txt"), tok, 128)
-    with pytest.raises(Error, match="no text has a single target token"):
-        build_targets(Config(method="data", top_k=4), tokens, words, model=None, tok=tok)
-
-
-def test_top_k_above_the_vocabulary(tok, texts_file):
-    words = read_vocabulary(tok, len(tok))
-    tokens = tokenize_corpus(str(texts_file), tok, 128)
-    with pytest.raises(Error, match="--top-k: expected at most the size of the vocabulary, 500, got 501"):
-        build_targets(Config(method="data", top_k=501), tokens, words, model=None, tok=tok)
-
-
 @pytest.mark.parametrize("K", [1, 2, 3])
 def test_few_targets_from_both_sides(tok, texts_file, backbone, K):
     """An odd K gives one more token to the words of the text; with K = 1 all is theirs."""
@@ -263,17 +244,3 @@ def test_few_targets_from_both_sides(tok, texts_file, backbone, K):
     q = build_targets(config, tokens, words, model=model, tok=tok)
     np.testing.assert_allclose(q.probs.sum(1), 1, rtol=1e-5)
     assert ((q.indices >= 0).sum(1) <= K).all() and (q.indices[:, 0] >= 0).all()
-
-
-def test_targets_are_found_by_another_process(backbone, texts_file, tmp_path, monkeypatch):
-    """The key of the cache does not depend on the process: strings hash otherwise in each."""
-    code = ("import sys, t2t\n"
-            "c = t2t.Config(backbone=sys.argv[1], corpus=sys.argv[2], method='data', top_k=4)\n"
-            "m, tok = t2t.load_backbone(c.backbone, 'causal'); w = t2t.read_vocabulary(tok, len(tok))\n"
-            "t2t.build_targets(c, t2t.tokenize_corpus(c.corpus, tok, 64), w, model=m, tok=tok)")
-    monkeypatch.setenv("T2T_CACHE", str(tmp_path))
-    monkeypatch.setattr(sys, "argv", ["", str(backbone), str(texts_file)])
-    exec(code)
-    subprocess.run([sys.executable, "-c", code, str(backbone), str(texts_file)], check=True,
-                   cwd=Path(t2t.__file__).parent, env=os.environ | {"PYTHONHASHSEED": "1"})
-    assert len(list(tmp_path.glob("targets-*"))) == 1

@@ -151,10 +151,9 @@ def test_own_targets_may_not_be_wider_than_k(backbone, texts_file, tmp_path):
     (7, [0.5], "a sum of 1 a row"), (7, [math.nan], "a sum of 1 a row"), (7, [1.5, -0.5], "not negative"),
     (500, [1.0], "indices from -1 to 499, got 500"), (-2, [1.0], "indices from -1 to 499, got -2"),
     (7.0, [1.0], "got float64")])
-def test_own_targets_are_checked(index, p, says, backbone, texts_file, tmp_path):
-    wrong = lambda rows: (np.full((len(rows), len(p)), index), np.tile(p, (len(rows), 1)))
+def test_own_targets_are_checked(index, p, says):
     with pytest.raises(Error, match=f"targets: expected .*{says}"):
-        train(config(backbone, texts_file, tmp_path / "a", top_k=8), targets=wrong)
+        t2t.check_own_targets(np.full((3, len(p)), index), np.tile(p, (3, 1)), 8, 500)
 
 
 def test_own_targets_are_resumed_with_the_same_function_alone(backbone, texts_file, tmp_path):
@@ -205,8 +204,7 @@ def test_stages_and_none(backbone, texts_file, tmp_path):
 
 
 @pytest.mark.parametrize("settings", [
-    dict(method="model"), dict(method="both"), dict(pooling="last"), dict(attention="causal", pooling="last"),
-    dict(dtype="bfloat16", steps=2), dict(dtype="bfloat16", lora_rank=4, steps=2)])
+    dict(attention="causal", pooling="last"), dict(dtype="bfloat16", steps=2)])
 def test_every_way_runs(backbone, texts_file, tmp_path, settings):
     out = train(config(backbone, texts_file, tmp_path / "a", **{"steps": 3, **settings}))
     assert all(np.isfinite(r["loss"]) for r in log(out))
@@ -239,8 +237,7 @@ def cli(*args, **more):
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more)
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
-def test_ctrl_c_and_kill_leave_a_state(backbone, texts_file, tmp_path, how):
+def test_ctrl_c_leaves_a_state(backbone, texts_file, tmp_path):
     out = tmp_path / "out"
     args = ["--backbone", backbone, "--corpus", texts_file, "--out", out, "--batch-size", 16, "--top-k", 8,
             "--steps", 4000, "--save-every", 2, "--device", "cpu", "--dtype", "float32"]
@@ -249,14 +246,11 @@ def test_ctrl_c_and_kill_leave_a_state(backbone, texts_file, tmp_path, how):
         if (out / "state" / "last.pt").exists() and len(log(out)) > 5:
             break
         time.sleep(0.1)
-    run.send_signal(how)
+    run.send_signal(signal.SIGINT)
     _, err = run.communicate(timeout=60)
-    assert run.returncode == (130 if how == signal.SIGINT else -how)
-    if how == signal.SIGINT:
-        assert "the same command with --resume goes on" in err and "Traceback" not in err
-    state = torch.load(out / "state" / "last.pt", weights_only=True)
-    step, last = state["run"]["step"], log(out)[-1]["step"]
-    assert step == last if how == signal.SIGINT else 0 <= last - step <= 3 and step % 2 == 0
+    assert run.returncode == 130
+    assert "the same command with --resume goes on" in err and "Traceback" not in err
+    assert torch.load(out / "state" / "last.pt", weights_only=True)["run"]["step"] == log(out)[-1]["step"]
     again = cli(*args)                                          # without --resume: refused, nothing is lost
     _, err = again.communicate(timeout=60)
     assert again.returncode == 2 and "add --resume" in err and len(err.splitlines()) == 1
@@ -652,14 +646,6 @@ def other_vocabulary(tmp_path):
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo") or not Path("/dev/full").exists(),
                     reason="needs /dev/full, a disk that is full")
-def test_a_full_disk_ends_in_one_line(backbone, texts_file, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(t2t.folders.os, "replace", lambda *_: None)
-    real = torch.save
-    monkeypatch.setattr(t2t.folders.torch, "save", lambda x, file: real(x, "/dev/full"))
-    assert "expected to write in" in fails(capsys, backbone=str(backbone), corpus=str(texts_file),
-                                    out=str(tmp_path / "o"), steps=1, top_k=4, batch_size=4)
-
-
 def test_a_disk_that_fills_while_the_tokenizer_is_saved(backbone, texts_file, tmp_path, monkeypatch):
     """tokenizers raises Exception itself."""
     def full(self, path, *_):
@@ -674,15 +660,14 @@ def test_a_file_may_not_grow(backbone, texts_file, tmp_path):
     """The state, and then the checkpoint, larger than a file may be: one line, and nothing half-written."""
     code = """if True:
         import resource, sys, torch, t2t
-        limit = int(sys.argv.pop(1))
         config = t2t.parse(t2t.Config, t2t.__doc__)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
         t2t.run_command(t2t.train, config)"""
-    for limit, method in (60_000, "data"), (60_000, "none"):
+    for method in "data", "none":
         args = ["--backbone", backbone, "--out", tmp_path / method, "--device", "cpu", "--method", method]
         few = ["--corpus", texts_file, "--steps", 1, "--batch-size", 4, "--lora-rank", 0, "--top-k", 4]
         args += few * (method == "data")
-        done = subprocess.run([sys.executable, "-c", code, str(limit), *map(str, args)], cwd=ROOT, text=True,
+        done = subprocess.run([sys.executable, "-c", code, *map(str, args)], cwd=ROOT, text=True,
                               capture_output=True)
         errors = [line for line in done.stderr.splitlines() if line.startswith("t2t.py: error: ")]
         assert done.returncode == 2 and len(errors) == 1 and "Traceback" not in done.stderr, done.stderr
