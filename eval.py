@@ -126,12 +126,14 @@ def read_bare(folder):
     """[Transformer, mean Pooling] of a causal LM without sentence-transformers files."""
     from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
     from plumbing.backbones import positions, read_backbone
-    model, tok = read_backbone(str(folder), "causal", option="CKPT")  # refuses damaged ones, others
+    model, tok = read_backbone(str(folder), "causal", option="CKPT")  # refuses what is damaged, or no decoder
+    length = min(positions(model), BARE_LENGTH)
+    del model  # never two in memory
     code = {"trust_remote_code": False}  # else a console is asked to run it
     # text as it is: else sentence-transformers would put it into the chat template of an instruct model
     as_text = {"text": {"method": "forward", "method_output_name": "last_hidden_state"}}
-    reader = Transformer(str(folder), max_seq_length=min(positions(model), BARE_LENGTH), model_kwargs=code,
-                         processor_kwargs=code, config_kwargs={"is_causal": True, **code},
+    reader = Transformer(str(folder), max_seq_length=length, model_kwargs=code, processor_kwargs=code,
+                         config_kwargs={"is_causal": True, **code},
                          modality_config=as_text, module_output_name="token_embeddings")
     # padding is masked out: which token stands there does not matter; on the left it would shift positions
     reader.tokenizer.pad_token, reader.tokenizer.padding_side = tok.pad_token, "right"
@@ -393,7 +395,7 @@ class Fusion:
                 for query in queries["id"]}
 
 def compare_sparse(path, tasks, *, batch_size, device, dtype="float32"):
-    """Scores x 100 of dense, sparse, BM25 and their fusions on mteb tasks -> {row: {column: value}}, and
+    """Scores x 100 of dense, sparse, BM25 and their fusions on mteb tasks -> {row: {task: score}}, and
     {task: why scores are missing}"""
     import mteb
     from mteb.models import SearchEncoderWrapper, SentenceTransformerEncoderWrapper, SparseEncoderWrapper
@@ -432,7 +434,7 @@ def compare_sparse(path, tasks, *, batch_size, device, dtype="float32"):
     return table, missing
 
 def render_sparse(table, tasks):
-    """Markdown"""
+    """{row: {task: score}} -> Markdown"""
     lines = ["| | " + " | ".join(tasks) + " |", "|---|" + "---:|" * len(tasks)]
     for name, row in table.items():
         lines.append(f"| {name} | " + " | ".join(f"{row[t]:.2f}" if t in row else "" for t in tasks) + " |")

@@ -6,8 +6,8 @@
     python experiments/compare.py --data-dir DIR --curves               # quality and key words while training
 
 A trained run is one call of t2t.train a stage; stages follow one another through --init, each with an even
-share of the number of texts, drawn anew for each stage. An untrained baseline is a
-function of experiments/untrained.py. Every vector is scored raw and half whitened (by 2,048 texts of the
+share of the number of texts, drawn anew for each stage. An untrained baseline is a function of
+experiments/untrained.py. Every vector is scored raw and half whitened (by 2,048 texts of the
 corpus), so no method wins by what could be done to all of them; tf-idf, of V dimensions, only raw. Raw is h;
 encode returns h / |h|, which only Banking77 tells apart: its logistic regression sees the length. Test splits
 are scored with the best settings that --tune found; it looks at validation splits only, at raw vectors. Runs
@@ -107,7 +107,7 @@ def train(name, stages, seed, a, watch=None):
     before = None
     for stage, (folder, settings) in enumerate(zip(places(name, stages, seed, a), stages)):
         config = t2t.Config(backbone=a.backbone, corpus=a.corpus, max_length=a.max_length, init=before,
-                            out=str(folder), seed=seed + 1000 * stage,     # texts of its own
+                            out=str(folder), seed=seed + 1000 * stage,     # so other texts
                             resume=(folder / "state" / "last.pt").exists(),
                             steps=a.texts // len(stages) // settings["batch_size"], save_every=100,
                             **settings)

@@ -459,8 +459,10 @@ def own_line(capsys):
     """The one line of the error; notices of libraries, which only a whole process silences, are left out."""
     printed = capsys.readouterr()
     lines = [line for line in printed.err.splitlines() if "eval.py" in line or "Traceback" in line]
-    assert len(lines) == 1 and lines[0].startswith("eval.py: error: "), printed.err
-    assert "expected " in lines[0] and not printed.out
+    assert len(lines) == 1 and lines[0].startswith(
+        ("eval.py: error: expected ", "eval.py: error: CKPT: expected ")), printed.err
+    assert "CKPT: " in lines[0] or ", got " in lines[0] and "; " in lines[0]
+    assert not printed.out
     return lines[0]
 
 
@@ -526,7 +528,7 @@ def test_error_of_a_whole_process_is_one_line(bare, data, tmp_path):
             "--tasks", "STS12", "--out", tmp_path / "out"]
     done = subprocess.run(args, capture_output=True, text=True)
     assert done.returncode == 2 and not done.stdout
-    assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith("eval.py: error: CKPT: ")
+    assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith("eval.py: error: CKPT: expected ")
 
 
 # -------------------------------------------------------------------------------------------- tasks and table
