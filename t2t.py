@@ -13,7 +13,8 @@ should light up the tokens that the text is about (give them probability). Text2
     L = mean_b KL(q_b || softmax(z_b))      q_b: words of text b, and words that the pretrained model predicts
     e = h / |h|                             what encode returns
 
-    B texts   T tokens   C width   V vocabulary   K target tokens a text   N texts   n, b, k: parts of N, B, K
+    B texts of a step   T tokens   C width   V vocabulary   K target tokens a text   N texts of the corpus
+    n, b, k: some of N, B, K
 
 After the settings come six parts, each built on those above it: words, network, targets, loss, embedder,
 training. PAPER: marks what the abstract of arXiv 2510.10224 states, OURS: a choice made here, as the form of
@@ -24,8 +25,8 @@ from dataclasses import asdict, dataclass, field
 from plumbing.cli import RANK, Error, checked, command_line, parse, run_command
 
 # ------------------------------------------------------------------------------------------------ 0. settings
-TARGETS = ("data", "model", "both")      # methods with token targets
-TRAINED = (*TARGETS, "simcse", "mntp")   # methods that train
+WITH_TARGETS = ("data", "model", "both")         # methods with token targets
+TRAINED = (*WITH_TARGETS, "simcse", "mntp")      # methods that train
 ALL = (*TRAINED, "none")
 
 
@@ -40,16 +41,16 @@ class Config:
     `lr` None and every "auto" are replaced by real values once, in `settle`, before anything is used."""
     backbone: str = setting("smollm2", "causal language model: smollm2, a folder, a .gguf file, a hub id")
     method: str = setting("both", "targets: data (words of the text), model (words that it predicts), both; "
-                          "baselines: simcse, mntp; none: do not train", ALL, ALL)
+                          "baselines: simcse, mntp; none: do not train", choices=ALL)
     corpus: str = setting("docstrings", ".txt, .jsonl[.gz], .parquet, a folder, "
                           "hub:NAME[:COLUMN[:CONFIGURATION[:SPLIT]]]", TRAINED)
     out: str = setting("ckpt", "folder for the finished checkpoint")
     init: str | None = setting(None, "start from this checkpoint's weights (a second stage)", TRAINED)
-    pooling: str = setting("mean", "how the states of a text become one vector", ALL, ["mean", "last"])
+    pooling: str = setting("mean", "how the states of a text become one vector", choices=["mean", "last"])
     prompt: str = setting("", "for SentenceTransformer.encode_query, not in training")
-    attention: str = setting("bidirectional", "what a token may look at", ALL, ["bidirectional", "causal"])
-    top_k: int = setting(64, "K, target tokens per text", TARGETS, least=1)
-    temperature: float = setting(1.0, "of the targets; a lower one makes them sharper", TARGETS, least=1e-6)
+    attention: str = setting("bidirectional", "what a token may look at", choices=["bidirectional", "causal"])
+    top_k: int = setting(64, "K, target tokens per text", WITH_TARGETS, least=1)
+    temperature: float = setting(1.0, "of the targets; lower: sharper", WITH_TARGETS, least=1e-6)
     max_length: int = setting(64, "tokens per text in training; in use at least 256", least=1)
     batch_size: int = setting(32, "texts per step", TRAINED, least=1)
     micro_batch: int = setting(8, "texts per forward pass (more if short)", TRAINED, least=1)
@@ -58,14 +59,15 @@ class Config:
     lr: float | None = setting(None, "peak rate (default 1e-3, mntp 3e-4)", TRAINED, least=1e-12)
     lora_rank: int = setting(16, "of LoRA; 0: all weights learn, except embedding and head", TRAINED, least=0)
     seed: int = setting(42, "of the order of texts and of every random number", TRAINED, least=0)
-    device: str = setting("auto", "where to train", ALL, ["auto", "cpu", "cuda"])
-    dtype: str = setting("auto", "of arithmetic; auto: bfloat16 where the processor computes it", ALL,
-                         ["auto", "float32", "bfloat16"])
-    impl: str = setting("auto", "of the loss; ext: csrc/, auto: if built", TARGETS, ["auto", "torch", "ext"])
+    device: str = setting("auto", "where to train", choices=["auto", "cpu", "cuda"])
+    dtype: str = setting("auto", "of arithmetic; auto: bfloat16 where the processor computes it",
+                         choices=["auto", "float32", "bfloat16"])
+    impl: str = setting("auto", "of the loss; ext: csrc/, auto: if built", WITH_TARGETS,
+                        ["auto", "torch", "ext"])
     save_every: int = setting(50, "steps between savings, from which --resume goes on", TRAINED, least=1)
     resume: bool = setting(False, "go on with the interrupted run in --out, if there is one", TRAINED)
     overwrite: bool = setting(False, "replace what --out holds")
-    show_targets: int = setting(0, "print this many texts with their targets, and exit", TARGETS, least=0)
+    show_targets: int = setting(0, "print this many texts and targets, and exit", WITH_TARGETS, least=0)
 
 
 BUCKET = 16          # OURS: batches whose texts are sorted by length together: see bucketed_batch
@@ -80,7 +82,6 @@ import functools
 import itertools
 import json
 import math
-import tempfile
 import time
 import unicodedata
 from pathlib import Path
@@ -163,8 +164,8 @@ def read_vocabulary(tok, V):
         has_case = word[0].lower() != word[0].upper()                # in Chinese, one letter can be a word
         if all(map(is_letter, word)) and form not in STOP and (len(form) > 1 or not has_case):
             forms.setdefault(form, []).append(v)
-    for word, ids in forms.items():
-        best = min(ids, key=lambda v: (not has_space[v], spelling[v] != word, v))
+    for form, ids in forms.items():
+        best = min(ids, key=lambda v: (not has_space[v], spelling[v] != form, v))
         if not is_continuation[best]:
             canonical_id[ids] = best
     return Words(canonical_id, is_continuation, ends_in_letter, spelling)
@@ -260,7 +261,7 @@ class Targets(NamedTuple):
     texts: np.ndarray       # (n,) int64     their numbers in the corpus, sorted
     indices: np.ndarray     # (n,K) int32    -1 is padding
     probs: np.ndarray       # (n,K) float32
-    marginal_kl: float     # mean_b KL(q_b || mean q): the loss of the best prediction that ignores the text
+    constant_loss: float    # of the best prediction that ignores the text
 
     def of(self, texts):                             # (b,) -> indices (b,K), probs (b,K)
         rows = np.searchsorted(self.texts, texts)
@@ -270,7 +271,7 @@ class Targets(NamedTuple):
 def data_targets(ids, words, idf, K, *, temperature):
     """list of n id arrays -> indices (n,K), probs (n,K): the words *in* the text, by how much they tell.
 
-        q_b(v) ∝ (tf_b(v) * idf(v))^(1/temperature),      idf(v) = max(0.001, log(N / df(v)))
+        q_b(v) ∝ (tf_b(v) * max(0.001, idf(v)))^(1/temperature),      idf(v) = log(N / df(v))
 
     over the K heaviest v. PAPER: "data-driven": the meaningful tokens of a text. OURS: tf-idf."""
     n, V = len(ids), len(idf)
@@ -310,8 +311,8 @@ def predict(ids, model, tok):
     rows, H = one_word_questions(ids, model, tok), head(model)
     out = torch.empty(len(rows), len(H.weight))
     for part in blocks(sorted(range(len(rows)), key=lambda n: len(rows[n])), 32):          # of like lengths
-        some, mask = pad([rows[n] for n in part], tok.pad_token_id, model.device)
-        h = pool(hidden_states(model, some, mask), mask, "last")                                     # (b,C)
+        padded, mask = pad([rows[n] for n in part], tok.pad_token_id, model.device)
+        h = pool(hidden_states(model, padded, mask), mask, "last")                                   # (b,C)
         out[part] = F.log_softmax(H(h).float(), -1).cpu()
     return out
 
@@ -364,64 +365,67 @@ def method_targets(config, tokens, words, *, model, tok):
     return both
 
 
-def build_targets(config, tokens, words, *, model, tok, target_fn=None):
-    """-> Targets, made once, kept on disk. model: the backbone, frozen and causal; target_fn: see `train`."""
+def own_targets(function, K, V):
+    """A user's function, in the form of those above: checked, each token once a row, -1 where p is 0."""
+    def own(ids):
+        i, p = map(np.asarray, function(ids))
+        check_own_targets(i, p, K, V)
+        i, p = (x.numpy() for x in coalesce(torch.from_numpy(i), torch.from_numpy(p)))
+        return np.where(p > 0, i, -1), p
+    return own
+
+
+def loss_without_text(indices, probs, V):
+    """mean_b KL(q_b || m), m = mean_b q_b: the loss of the best prediction that ignores the text."""
+    there = indices >= 0
+    n = there.any(1).sum()                                             # texts that have targets
+    m = np.bincount(indices[there], probs[there], V) / n                                             # (V,)
+    sum_p_log_p = lambda p: float((p * np.log(np.maximum(p, 1e-30))).sum(dtype=np.float64))
+    return sum_p_log_p(probs) / n - sum_p_log_p(m)
+
+
+def build_targets(config, tokens, words, *, model, tok, own=None):
+    """-> Targets, made once, kept on disk. model: the backbone, frozen and causal; own: see own_targets."""
     N, V, K = len(tokens), len(words.canonical_id), config.top_k
     # whole buckets: a run that ends inside one may read any text of it (bucketed_batch, part 6)
     n = math.ceil(config.steps / BUCKET) * BUCKET * config.batch_size
     texts = np.sort(epoch_permutation(config.seed, 0, N)[:n])
 
-    def write(folder):
-        make = target_fn or method_targets(config, tokens, words, model=model, tok=tok)
-        mean, negative_entropy, valid = np.zeros(V), 0.0, 0
-        with (tqdm(total=len(texts), desc="targets", unit=" texts") as bar,
-              open(folder / "indices", "wb") as indices, open(folder / "probs", "wb") as probs):
-            for rows in blocks(range(len(texts)), 256):
-                i, p = map(np.asarray, make([tokens[t] for t in texts[rows]]))                       # (n,k)
-                if target_fn:                                          # may name a token twice
-                    check_own_targets(i, p, K, V)
-                    i, p = (x.numpy() for x in coalesce(*map(torch.from_numpy, (i, p))))
-                i, p = np.where(p > 0, i, -1), np.where(i >= 0, p, 0)  # target_loss counts rows with an index
-                narrow = (0, 0), (0, K - i.shape[1])
-                np.pad(i, narrow, constant_values=-1).astype(np.int32).tofile(indices)               # (n,K)
-                np.pad(p, narrow).astype(np.float32).tofile(probs)                                   # (n,K)
-                mean += np.bincount(i[i >= 0], p[i >= 0], V)
-                negative_entropy += (p * np.log(np.maximum(p, 1e-30))).sum(dtype=np.float64)
-                valid += (i >= 0).any(1).sum()
-                bar.update(len(rows))
-        if not valid:
+    def make():
+        q_of = own or method_targets(config, tokens, words, model=model, tok=tok)
+        indices, probs = np.full((len(texts), K), -1, np.int32), np.zeros((len(texts), K), np.float32)
+        for rows in blocks(tqdm(range(len(texts)), "targets", unit=" texts"), 256):
+            i, p = q_of([tokens[t] for t in texts[rows]])                                    # (n,k), k <= K
+            indices[rows, :i.shape[1]], probs[rows, :i.shape[1]] = i, p
+        if (indices < 0).all():
             raise Error("--corpus: expected words to learn from, but no text has a single target token")
-        mean /= valid
-        # mean_b KL(q_b || m) = mean_b sum q_b log q_b - sum m log m
-        np.save(folder / "marginal_kl.npy",
-                negative_entropy / valid - (mean * np.log(np.maximum(mean, 1e-30))).sum())
+        return indices, probs
+
+    def write(folder):
+        for name, array in zip(("indices", "probs"), make()):
+            np.save(folder / f"{name}.npy", array)
 
     def load(folder):
-        read = lambda name, dtype: np.memmap(folder / name, dtype, "r", shape=(len(texts), K))
-        return Targets(texts, read("indices", np.int32), read("probs", np.float32),
-                       float(np.load(folder / "marginal_kl.npy")))
-
-    if target_fn:                                     # not kept: its name does not tell what it computes
-        with tempfile.TemporaryDirectory() as folder:
-            write(Path(folder))
-            return load(Path(folder))        # a mapped file can be read after its name has been removed
+        return [np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("indices", "probs")]
     # the source text of what makes targets: an edit makes them anew
     made_by = source_hash(sorted(STOP), ONE_WORD, str(SAMPLE), is_unspaced, is_letter, read_vocabulary,
                           find_words, document_frequency, epoch_permutation, Head, head, pad,
                           hidden_states, pool, blocks, positions, coalesce, data_targets,
                           one_word_questions, predict, model_targets, method_targets, build_targets)
-    of_model = config.method != "data" and (str(model.dtype), identity_of(config.backbone), config.seed,
-                                            folders.versions())
-    name = made_by, tokens.folder.name, config.method, K, config.temperature, texts.tolist(), of_model
-    return cached("targets", hash_of(*name), write, load)
+    model_facts = config.method != "data" and (str(model.dtype), identity_of(config.backbone), config.seed,
+                                               folders.versions())
+    name = made_by, tokens.folder.name, config.method, K, config.temperature, texts.tolist(), model_facts
+    # own targets are not kept: nothing tells what a function computes
+    indices, probs = make() if own else cached("targets", hash_of(*name), write, load)
+    return Targets(texts, indices, probs, loss_without_text(indices, probs, V))
 
 
-def show_targets(config, tokens, words, *, model, tok, target_fn=None):
+def show_targets(config, tokens, words, *, model, tok, own=None):
     """--show-targets: a random sample of the texts, and the q of each."""
     some = [tokens[n] for n in epoch_permutation(config.seed, 0, len(tokens))[:config.show_targets]]
-    make = target_fn or method_targets(config, tokens, words, model=model, tok=tok)
+    q_of = own or method_targets(config, tokens, words, model=model, tok=tok)
     for part in blocks(some, 64):
-        for text, indices, probs in zip(part, *make(part)):
+        for text, indices, probs in zip(part, *q_of(part)):
             best = sorted(((p, words.spelling[v]) for v, p in zip(indices, probs) if v >= 0), reverse=True)
             print(f"\n{tok.decode(text.tolist(), skip_special_tokens=True).strip()}\n    "
                   f"{'  '.join(f'{t} {p:.3f}' for p, t in best) or '(no target)'}")
@@ -451,9 +455,7 @@ def vocab_kl(logits, indices, probs, reduction="mean", impl="auto", inplace=Fals
         return op(logits, indices, probs, REDUCTIONS.index(reduction))
     x = logits if logits.dtype == torch.float64 else logits.float()
     i, p = coalesce(indices, probs.to(x.dtype))
-    x = x - x.detach().amax(1, keepdim=True)         # no overflow, and a large common offset costs no digits
-    log_s = x.exp().sum(1, keepdim=True).log()
-    log_softmax = x.gather(1, i.clamp_min(0)) - log_s                  # (N,K) at the targets
+    log_softmax = F.log_softmax(x, 1).gather(1, i.clamp_min(0))        # (N,K) at the targets
     log_softmax = log_softmax.masked_fill(p == 0, 0)                  # 0 log 0 = 0, even if a logit is -inf
     return reduce((torch.special.xlogy(p, p) - p * log_softmax).sum(1), (p > 0).any(1), reduction)
 
@@ -476,6 +478,19 @@ def target_loss(batch, forward, H, scale, *, indices, probs, impl):
     for (ids, mask), i, p in zip(batch, indices.split(sizes), probs.split(sizes)):                    # (b,K)
         _, h = forward(ids, mask)                                                                    # (b,C)
         yield vocab_kl(H(scale * h), i, p, reduction="sum", impl=impl, inplace=True, check=False) / valid
+
+
+SCALES = [round(float(s), 4) for s in np.geomspace(0.05, 20, 27)]                # OURS: values tried for s
+
+
+@torch.no_grad()
+def measure_scale(h, H, indices, probs):
+    """h (N,C) before training, Head, targets (N,K) -> s, with which the loss is least.
+
+    OURS: s is an inverse temperature of the softmax. States and head rows differ in length from model to
+    model, so s is measured (SmolLM2: 0.8)."""
+    losses = [vocab_kl(H(s * h), indices, probs, impl="torch", check=False).item() for s in SCALES]
+    return SCALES[int(np.argmin(losses))]
 
 
 # ------------------------------------------------------------------------------------------------ 5. embedder
@@ -514,8 +529,8 @@ class Embedder:
         h = torch.zeros(len(ids), head(self.model).weight.shape[1])
         order = sorted((n for n in range(len(ids)) if len(ids[n])), key=lambda n: -len(ids[n]))
         for rows in blocks(order, batch_size):                         # of like lengths: less padding
-            part, mask = pad([ids[n] for n in rows], self.tok.pad_token_id, self.model.device)
-            h[rows] = pool(hidden_states(self.model, part, mask), mask, self.pooling).cpu()
+            padded, mask = pad([ids[n] for n in rows], self.tok.pad_token_id, self.model.device)
+            h[rows] = pool(hidden_states(self.model, padded, mask), mask, self.pooling).cpu()
         return h
 
     @torch.no_grad()
@@ -545,18 +560,18 @@ class Embedder:
     def name(self, v):
         return self.words.spelling[v] or repr(self.tok.decode([v]))            # a space would show as nothing
 
+    @torch.no_grad()
     def sparse(self, texts, k=None):
-        """list of N str -> y (N,V), rows of length 1: the k (SPARSE_K) tokens that a text lights up most,
-        compared with texts on average, the others 0:
+        """list of N str -> y (N,V), rows of length 1: scores of tokens, the k (SPARSE_K) largest, others 0:
 
             y = top_k(max(0, U (h - m))) / |...|          U: the weight of the head, m: mean of h over texts
 
-        For a few texts; SparseEncoder(folder/sparse) gives the same for many, not of length 1. OURS: sparse
-        vectors. Tokens that every text lights up do not tell texts apart, so m is subtracted."""
-        h, H = self.pooled(self.token_ids(texts)), head(self.model)                                 # (N,C)
-        with torch.no_grad():
-            centred = h if self.mean is None else h - self.mean
-            y = F.linear(centred.to(H.weight), H.weight).float().cpu()                              # (N,V)
+        OURS: sparse vectors. A token with a high score in every text does not tell texts apart, so m is
+        subtracted. SparseEncoder(folder/sparse) gives the same vectors, not of length 1; use it for many
+        texts, since here a row has V numbers."""
+        h, U = self.pooled(self.token_ids(texts)), head(self.model).weight                          # (N,C)
+        centred = h if self.mean is None else h - self.mean
+        y = F.linear(centred.to(U), U).float().cpu()                                                # (N,V)
         top = y.clamp_min(0).topk(min(k or self.SPARSE_K, y.shape[1]), 1)
         return F.normalize(torch.zeros_like(y).scatter_(1, top.indices, top.values), dim=1)
 
@@ -595,8 +610,8 @@ def learning_rate(step, steps, peak):
 def make_trainable(model, rank, seed):
     """What learns between embedding and head: LoRA adapters on every linear map, or (rank 0) all weights.
 
-    OURS: head and embedding stay as pretrained: a tied pair stays tied, and words that no text has keep their
-    place among the others."""
+    peft puts the adapters into model, and gives an object around it. OURS: head and embedding stay as
+    pretrained: a tied pair stays tied, and tokens that never occur in the corpus keep their rows."""
     if rank:
         torch.manual_seed(seed)
         lora = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
@@ -606,28 +621,14 @@ def make_trainable(model, rank, seed):
     return model
 
 
-SCALES = [round(float(s), 4) for s in np.geomspace(0.05, 20, 27)]                # OURS: values tried for s
-
-
-@torch.no_grad()
-def measure_scale(h, H, indices, probs):
-    """h (N,C) before training, Head, targets (N,K) -> s, with which the loss is least.
-
-    OURS: s is an inverse temperature of the softmax. States and head rows differ in length from model to
-    model, so s is measured (SmolLM2: 0.8)."""
-    losses = [vocab_kl(H(s * h), indices, probs, impl="torch", check=False).item() for s in SCALES]
-    return SCALES[int(np.argmin(losses))]
-
-
-def fit(model, embedder, config, *, out, tokens, q, on_step):
-    """The training loop -> facts, which the checkpoint records. With LoRA, peft has put the adapters into
-    embedder.model, and `model` wraps it; with rank 0 they are one object."""
-    core, tok, device = embedder.model, embedder.tok, config.device
-    H, B, lengths = head(core), min(config.batch_size, len(tokens)), tokens.lengths
+def fit(embedder, config, *, out, tokens, q, on_step):
+    """The training loop -> facts, which the checkpoint records."""
+    model, tok, device = embedder.model, embedder.tok, config.device
+    H, B, lengths = head(model), min(config.batch_size, len(tokens)), tokens.lengths
     params = [p for p in model.parameters() if p.requires_grad]
-    contrasts = config.method == "simcse"
-    # the loss of a predictor that does not see the text: for simcse it guesses, for mntp it knows frequencies
-    constant_loss = q.marginal_kl if q else math.log(B) if contrasts else token_entropy(tokens, tok)
+    is_simcse = config.method == "simcse"
+    # the loss of a predictor that does not see the text: simcse: a guess among B; mntp: token frequencies
+    constant_loss = q.constant_loss if q else math.log(B) if is_simcse else token_entropy(tokens, tok)
     must_stay = folders.identity(config) | {        # for --resume; own targets are known by this loss alone
         "tokenizer": tokenizer_hash(tok),
         "texts of the corpus": tokens.hash, "the loss that ignores the text": round(constant_loss, 3)}
@@ -636,7 +637,7 @@ def fit(model, embedder, config, *, out, tokens, q, on_step):
         # without the second context, peft casts to float32 and autocast casts back: a quarter slower
         with (torch.autocast(device, torch.bfloat16, enabled=config.dtype == "bfloat16"),
               disable_input_dtype_casting(model)):
-            x = hidden_states(core, ids, mask)
+            x = hidden_states(model, ids, mask)
         return x, pool(x, mask, config.pooling)
 
     optimizer = torch.optim.AdamW(params, lr=config.lr, betas=(0.9, 0.98), weight_decay=0.01)
@@ -644,9 +645,9 @@ def fit(model, embedder, config, *, out, tokens, q, on_step):
     if run is None:
         run = {"step": 0, "seconds": 0.0, "scale": 1.0, "losses": []}
         if q:
-            # OURS: s is measured on the first 128 texts with targets, among the first 16,384 of training
-            some = epoch_permutation(config.seed, 0, len(tokens))[:min(16384, len(q.texts))]
-            some = some[(q.of(some)[0] >= 0).any(1).numpy()][:128]                                   # (n,)
+            # OURS: s is measured on the first 128 texts of training that have targets
+            order, useful = epoch_permutation(config.seed, 0, len(tokens)), q.texts[(q.indices >= 0).any(1)]
+            some = order[np.isin(order, useful)][:128]                                               # (n,)
             h = embedder.pooled([tokens[n] for n in some], config.micro_batch).to(device)            # (n,C)
             run["scale"] = processes.same(measure_scale(h, H, *(a.to(device) for a in q.of(some))))
     embedder.scale, resumed, earlier, started = run["scale"], run["step"], run["seconds"], time.time()
@@ -663,13 +664,13 @@ def fit(model, embedder, config, *, out, tokens, q, on_step):
             # ------------------------------------------------------------------------------ BEGIN: one step
             torch.manual_seed(config.seed * 1_000_003 + run["step"] + RANK * 10**9)    # the same if resumed
             # simcse tells the texts of a batch apart: it gets mixed lengths, or it could learn length alone
-            texts = bucketed_batch(run["step"], config.seed, lengths, B, bucket=1 if contrasts else BUCKET)
+            texts = bucketed_batch(run["step"], config.seed, lengths, B, bucket=1 if is_simcse else BUCKET)
             texts = processes.mine(texts)               # (b,) by torchrun: the share of this process
             at_once = memory.texts_at_once(lengths[texts].max(), config)
             batch = [pad([tokens[n] for n in part], tok.pad_token_id, device)
                      for part in blocks(texts, at_once)]                # list of ids, mask (b,T)
-            if contrasts:
-                losses = simcse(batch, forward, core)
+            if is_simcse:
+                losses = simcse(batch, forward, model)
             elif config.method == "mntp":
                 losses = mntp(batch, forward, H, tok)
             else:
@@ -677,9 +678,9 @@ def fit(model, embedder, config, *, out, tokens, q, on_step):
                 losses = target_loss(batch, forward, H, embedder.scale, indices=indices, probs=probs,
                                      impl=config.impl)
             loss = 0.0
-            for part in losses:                           # one for each micro-batch (simcse: one)
-                part.backward()
-                loss += part.item()
+            for of_part in losses:                        # one for each micro-batch (simcse: one)
+                of_part.backward()
+                loss += of_part.item()
             processes.sum_gradients(params)
             loss, stop = processes.total(torch.tensor([loss, len(interrupted)], dtype=torch.float64)).tolist()
             norm = torch.nn.utils.clip_grad_norm_(params, 1.0).item()
@@ -707,7 +708,7 @@ def fit(model, embedder, config, *, out, tokens, q, on_step):
             if stop and run["step"] < config.steps:
                 raise KeyboardInterrupt(f"stopped after step {run['step']}: the same command with --resume "
                                         f"{'in place of --overwrite ' * config.overwrite}goes on")
-    return {"loss": np.mean(run["losses"]).item(),                     # of 16 steps: texts of all lengths
+    return {"loss": np.mean(run["losses"]).item(),                     # of the last 16 steps
             "constant_loss": constant_loss, "texts": len(tokens), "texts_seen": config.steps * B,
             "train_seconds": round(run["seconds"], 1), "earlier_seconds": earlier, "corpus_hash": tokens.hash}
 
@@ -737,8 +738,8 @@ def train(config, targets=None, on_step=None):
     began, asked = time.time(), checked(config)
     config = settle(asked)
     processes.connect(config.device)
-    if targets and config.method not in TARGETS:
-        raise Error(f"targets: expected --method {', '.join(TARGETS)}, got {config.method}")
+    if targets and config.method not in WITH_TARGETS:
+        raise Error(f"targets: expected --method {', '.join(WITH_TARGETS)}, got {config.method}")
     out = None if config.show_targets else folders.start(config)
     dtype, trains = getattr(torch, config.dtype), config.method != "none"
 
@@ -747,12 +748,12 @@ def train(config, targets=None, on_step=None):
         model, tok = load_backbone(config.backbone, "causal", dtype)
         model.to(config.device)
         V, length_in_use = len(head(model).weight), usable_length(model, config.backbone, config)
-        words = read_vocabulary(tok, V)
+        words, own = read_vocabulary(tok, V), targets and own_targets(targets, config.top_k, V)
         tokens = tokenize_corpus(config.corpus, tok, config.max_length) if trains else None
         if config.show_targets:
-            return show_targets(config, tokens, words, model=model, tok=tok, target_fn=targets)
-        q = (build_targets(config, tokens, words, model=model, tok=tok, target_fn=targets)
-             if config.method in TARGETS else None)
+            return show_targets(config, tokens, words, model=model, tok=tok, own=own)
+        q = (build_targets(config, tokens, words, model=model, tok=tok, own=own)
+             if config.method in WITH_TARGETS else None)
     before = Embedder(model, tok, config.pooling, length_in_use).top_tokens(EXAMPLES, 8)
 
     # ---- the embedder: loaded again, with --attention; weights that learn are float32
@@ -768,10 +769,10 @@ def train(config, targets=None, on_step=None):
 
     # ---- training, and what the texts of the corpus have in common
     if trains:
-        model = make_trainable(model, config.lora_rank, config.seed)
+        make_trainable(model, config.lora_rank, config.seed)
         if config.grad_checkpointing:
-            memory.recompute_layers(embedder.model)
-        facts = fit(model, embedder, config, out=out, tokens=tokens, q=q, on_step=on_step)
+            memory.recompute_layers(model)
+        facts = fit(embedder, config, out=out, tokens=tokens, q=q, on_step=on_step)
         sample = [tokens[n] for n in epoch_permutation(config.seed, 0, len(tokens))[:SAMPLE]]
         embedder.mean = embedder.pooled(sample).mean(0)                                              # (C,)
     if RANK:                                                           # the first process writes
@@ -779,10 +780,11 @@ def train(config, targets=None, on_step=None):
     if lora:    # the copy that trained was rounded to dtype: adapters go into one in float32, then are merged
         learned = {name: p.detach().cpu() for name, p in model.named_parameters() if p.requires_grad}
         model = embedder.model = None
-        whole = make_trainable(load_backbone(start, config.attention)[0], config.lora_rank, config.seed)
-        if unknown := whole.load_state_dict(learned, strict=False).unexpected_keys:
+        model = load_backbone(start, config.attention)[0]
+        adapted = make_trainable(model, config.lora_rank, config.seed)
+        if unknown := model.load_state_dict(learned, strict=False).unexpected_keys:
             raise RuntimeError(f"adapters that do not fit the backbone loaded again: {unknown[0]}")
-        embedder.model = whole.merge_and_unload()
+        embedder.model = adapted.merge_and_unload()
     began -= facts.pop("earlier_seconds", 0)                           # the time of interrupted runs counts
     finish(out, embedder, config, before=before, began=began, command=command_line(asked),
            custom_targets=targets is not None, **facts)

@@ -30,7 +30,7 @@ def config(backbone, texts_file, out, **more):
     base = dict(backbone=str(backbone), corpus=str(texts_file), out=str(out), method="data", steps=6,
                 batch_size=16, lr=4e-3, lora_rank=0, max_length=64, save_every=2, device="cpu",
                 dtype="float32")
-    if more.get("method", "data") in t2t.TARGETS:
+    if more.get("method", "data") in t2t.WITH_TARGETS:
         base["top_k"] = 8
     return Config(**{**base, **more})
 
@@ -296,9 +296,9 @@ def test_a_weight_that_no_text_uses_is_resumed(backbone, texts_file, tmp_path, m
     real = t2t.make_trainable
 
     def with_unused(model, rank, seed):
-        model = real(model, rank, seed)
+        adapted = real(model, rank, seed)
         model.unused = torch.nn.Parameter(torch.ones(3))
-        return model
+        return adapted
     monkeypatch.setattr(t2t, "make_trainable", with_unused)
     with pytest.raises(Stop):
         train(config(backbone, texts_file, tmp_path / "a"), on_step=crash_at(3))
