@@ -380,8 +380,8 @@ def loss_without_text(indices, probs, V):
     there = indices >= 0
     n = there.any(1).sum()                                             # texts that have targets
     m = np.bincount(indices[there], probs[there], V) / n                                             # (V,)
-    sum_p_log_p = lambda p: float((p * np.log(np.maximum(p, 1e-30))).sum(dtype=np.float64))
-    return sum_p_log_p(probs) / n - sum_p_log_p(m)
+    sum_p_log_p = lambda p: (p * np.log(np.maximum(p, 1e-30))).sum(dtype=np.float64)
+    return float(sum_p_log_p(probs) / n - sum_p_log_p(m))
 
 
 def build_targets(config, tokens, words, *, model, tok, own=None):

@@ -3,6 +3,7 @@
 Everything runs offline, on a CPU, in minutes:  python -m pytest -q
 With --slow also what takes minutes or gigabytes; what needs a GPU runs where there is one.
 """
+import multiprocessing
 import os
 import sys
 from pathlib import Path
@@ -16,14 +17,16 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
 
 import build_ext  # noqa: E402
-from plumbing.cache import cache_path  # noqa: E402
+import t2t  # noqa: E402
+from plumbing.cache import cache_path, cache_root  # noqa: E402
 from plumbing.cli import Error  # noqa: E402
 
 try:                                                          # once, into the user's own cache
     build_ext.load(build=True)
-    NO_EXT, BUILT = "", cache_path("csrc", build_ext.folder_name()).resolve()
+    NO_EXT, MADE = "", [cache_path("csrc", build_ext.folder_name()).resolve()]
 except Error as e:
-    NO_EXT = f"the extension is not built: {e}"
+    NO_EXT, MADE = f"the extension is not built: {e}", []
+MADE += [f.resolve() for f in cache_root().glob("gguf-" + "[0-9a-f]" * 20)]
 
 
 def pytest_addoption(parser):
@@ -52,6 +55,10 @@ def ext():
     yield module
     module.use_isa(before)
     torch.set_num_threads(threads)
+
+# forked from one that has imported all: a second each
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["t2t", "test_train"])
 
 ANIMALS = "dog cat horse bird fish wolf sheep goat mouse lion".split()
 ACTIONS = "eats sees follows hears finds carries watches meets".split()
@@ -111,13 +118,21 @@ def texts_file(tmp_path_factory):
     return path
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
-    cache = tmp_path_factory.getbasetemp() / "cache"
-    monkeypatch.setenv("T2T_CACHE", str(cache))
-    if not NO_EXT and not (cache / BUILT.name).is_symlink():
-        cache.mkdir(exist_ok=True)
-        (cache / BUILT.name).symlink_to(BUILT)                # for the processes that tests start
+@pytest.fixture(scope="session")
+def learned(backbone, texts_file, tmp_path_factory):
+    """A checkpoint that has learned."""
+    from test_train import config
+    out = tmp_path_factory.mktemp("learned") / "ckpt"
+    return Path(t2t.train(config(backbone, texts_file, out, steps=1000, lr=2e-2)))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """The tests' own, but for what takes long to make: the extension, SmolLM2 read from its package."""
+    cache = tmp_path_factory.mktemp("cache")
+    for entry in MADE:
+        (cache / entry.name).symlink_to(entry)                # also for the processes that tests start
+    os.environ["T2T_CACHE"] = str(cache)
 
 
 FAMILIES = ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "gpt_neox", "phi", "cohere", "granite"]

@@ -1,11 +1,11 @@
 """experiments/analyze.py: every measure by hand, the page and the picture on a small checkpoint."""
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from test_train import config
 
 import analyze
 import t2t
@@ -92,9 +92,8 @@ def test_wordnet_knows_its_neighbours():
 
 
 # ------------------------------------------------------------------------------------------------- the page
-def test_page_and_picture(backbone, texts_file, tmp_path, capsys):
-    out = Path(t2t.train(config(backbone, texts_file, tmp_path / "ckpt", steps=600, lr=2e-2)))
-    capsys.readouterr()
+def test_page_and_picture(learned, tmp_path, capsys):
+    out = shutil.copytree(learned, tmp_path / "ckpt")
     analyze.main([str(out), "The wolf sees the goat."])
     page = capsys.readouterr().out
     assert page.startswith("The wolf sees the goat.\n    before") and "first PC" in page
@@ -119,8 +118,7 @@ def test_mistakes_end_in_one_line(args, says, capsys):
     assert end.value.code == 2 and says in line and len(line.splitlines()) == 1
 
 
-def test_too_few_texts(backbone, texts_file, tmp_path):
-    out = t2t.train(config(backbone, texts_file, tmp_path / "ckpt", steps=2))
+def test_too_few_texts(learned, tmp_path):
     (tmp_path / "short.txt").write_text("Hi.\n")
     with pytest.raises(Error, match="texts of 8 tokens or more, got 0"):
-        analyze.analyze(out, corpus=str(tmp_path / "short.txt"))
+        analyze.analyze(learned, corpus=str(tmp_path / "short.txt"))

@@ -1,29 +1,39 @@
 """Building csrc/: what a user reads where there is no compiler, or a broken one. Builds nothing itself."""
-import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch.testing import assert_close
 
 import build_ext
 from plumbing.cli import Error
+from t2t import vocab_kl
 
 ROOT = Path(build_ext.__file__).parent
 
 
-def python(*args, cache, **env):
-    """-> status, output, error lines of a process of its own."""
-    env = {**os.environ, "T2T_CACHE": str(cache), "OMP_NUM_THREADS": "1", **env}
-    command = [sys.executable, *map(str, args)]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-    return done.returncode, done.stdout, done.stderr
+@pytest.fixture
+def nothing_built(tmp_path, monkeypatch):
+    monkeypatch.setenv("T2T_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delitem(sys.modules, "t2t_ext", raising=False)
 
 
-def test_without_a_compiler(tmp_path):
-    status, out, err = python("build_ext.py", cache=tmp_path / "cache", CXX="no-such")
-    assert status and not out and len(err.splitlines()) == 1
-    assert err.startswith("build_ext.py: error: csrc/: expected a C++ compiler") and "no-such" in err
+def says(compiler, monkeypatch, capsys):
+    """With what line `python build_ext.py` ends."""
+    monkeypatch.setenv("CXX", compiler)
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / "build_ext.py"), run_name="__main__")
+    assert not capsys.readouterr().out
+    return end.value.code
+
+
+def test_without_a_compiler(nothing_built, monkeypatch, capsys):
+    line = says("no-such", monkeypatch, capsys)
+    assert line.startswith("build_ext.py: error: csrc/: expected a C++ compiler") and "no-such" in line
+    assert "\n" not in line
 
 
 def test_a_compiler_behind_another_program(monkeypatch):
@@ -35,14 +45,13 @@ def test_a_compiler_behind_another_program(monkeypatch):
 
 
 @pytest.mark.ext
-def test_the_other_program_gets_the_compiler_and_its_arguments(tmp_path):
+def test_the_other_program_gets_the_compiler(nothing_built, tmp_path, monkeypatch, capfd):
     """A stand-in for ccache, which writes down what it is asked to run, and fails to compile."""
     other = tmp_path / "ccache"
     other.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n'
                      'case "$*" in *" -c "*) exit 1;; esac\nexec "$@"\n')
     other.chmod(0o755)
-    status, out, err = python("build_ext.py", cache=tmp_path / "cache", CXX=f"{other} g++")
-    assert status and "csrc/: the compiler failed" in err and "Traceback" not in err
+    assert "csrc/: the compiler failed" in says(f"{other} g++", monkeypatch, capfd)
     asked = (tmp_path / "asked").read_text().splitlines()
     assert any(line.startswith("g++ -MMD ") and " -c " in line for line in asked), asked
 
@@ -62,27 +71,20 @@ def test_builds_for_what_nvcc_knows(known, built, monkeypatch):
     assert build_ext.architectures() == built
 
 
-def test_with_a_compiler_that_fails(tmp_path):
-    status, out, err = python("build_ext.py", cache=tmp_path / "cache", CXX="false")
-    assert status and "Traceback" not in err
-    assert "build_ext.py: error: csrc/: " in err and "--impl torch" in err
+def test_with_a_compiler_that_fails(nothing_built, tmp_path, monkeypatch, capfd):
+    line = says("false", monkeypatch, capfd)
+    assert line.startswith("build_ext.py: error: csrc/: ") and "--impl torch" in line
     assert not list((tmp_path / "cache").glob("csrc*"))           # nothing half-built is left to be found
 
 
-def test_the_library_without_the_extension(tmp_path):
+def test_the_library_without_the_extension(nothing_built, monkeypatch):
     """auto takes what is there and builds nothing; ext says what is missing."""
-    code = """if True:
-        import build_ext, plumbing.cli, torch, t2t
-        x, i, p = torch.zeros(1, 4), torch.tensor([[1]]), torch.ones(1, 1)
-        assert build_ext.load(build=False) is None
-        assert abs(t2t.vocab_kl(x, i, p).item() - torch.tensor(4.0).log()) < 1e-6
-        try:
-            t2t.vocab_kl(x, i, p, impl="ext")
-        except plumbing.cli.Error as e:
-            assert "expected a C++ compiler" in str(e)
-        else:
-            raise SystemExit("no error")"""
-    assert python("-c", code, cache=tmp_path, CXX="no-such") == (0, "", "")
+    monkeypatch.setenv("CXX", "no-such")
+    x, i, p = torch.zeros(1, 4), torch.tensor([[1]]), torch.ones(1, 1)
+    assert build_ext.load(build=False) is None
+    assert_close(vocab_kl(x, i, p), torch.tensor(4.0).log())
+    with pytest.raises(Error, match=r"expected a C\+\+ compiler"):
+        vocab_kl(x, i, p, impl="ext")
 
 
 def test_training_falls_back_and_says_so(monkeypatch, capsys):
@@ -96,8 +98,8 @@ def test_training_falls_back_and_says_so(monkeypatch, capsys):
 
 @pytest.mark.ext
 def test_a_second_call_only_loads():
-    status, out, err = python("build_ext.py", cache=os.environ["T2T_CACHE"])
-    assert status == 0 and out.startswith("the extension is ready: ") and not err
+    done = subprocess.run([sys.executable, "build_ext.py"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("the extension is ready: ") and not done.stderr
 
 
 def test_a_library_that_does_not_load_is_done_without(tmp_path, monkeypatch, capsys):

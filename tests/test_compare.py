@@ -218,15 +218,15 @@ def test_curves(backbone, texts_file, tmp_path, monkeypatch):
         for n in range(30):
             f.write(json.dumps({"sentence1": lines[n], "sentence2": lines[-n], "score": n / 6}) + "\n")
     args = ["compare.py", "--data-dir", str(tmp_path), "--corpus", str(texts_file), "--backbone",
-            str(backbone), "--curves", "--seeds", "1", "--runs", str(tmp_path), "--texts", "1024"]
+            str(backbone), "--curves", "--seeds", "1", "--runs", str(tmp_path), "--texts", "256"]
     monkeypatch.setattr(sys, "argv", args)
     for name in compare.CURVES:                        # 32 steps: a point after each share of them
-        monkeypatch.setitem(compare.RUNS, name, [compare.RUNS[name][0] | dict(batch_size=32)])
+        monkeypatch.setitem(compare.RUNS, name, [compare.RUNS[name][0] | dict(batch_size=8)])
     compare.main()
     made = json.loads((tmp_path / "curves.json").read_text())
     for name in compare.CURVES:
         texts, sts, key = zip(*made[name]["texts, STS, key words"])
-        assert texts == (0, 32, 64, 128, 256, 512, 768, 1024) and np.isfinite([sts, key]).all()
+        assert texts == (0, 8, 16, 32, 64, 128, 192, 256) and np.isfinite([sts, key]).all()
     first = [made[name]["texts, STS, key words"][0] for name in compare.CURVES]
     assert first[0] == first[1] and first[0] != made["both"]["texts, STS, key words"][-1]  # one backbone
     assert (tmp_path / "curves.png").stat().st_size > 10_000

@@ -21,18 +21,29 @@ TYPES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
 # -------------------------------------------------------------------------------------------------- compile
-@pytest.mark.skipif(not shutil.which("nvcc"), reason="nvcc is not installed")
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
-@pytest.mark.parametrize("source", sorted(CSRC.glob("*.cu")), ids=lambda p: p.name)
-def test_no_spills(source, arch, tmp_path, record_property):
+ARCHITECTURES = ["sm_80", "sm_90", "sm_100"]
+
+
+@pytest.fixture(scope="module")
+def nvcc(tmp_path_factory):
+    """{architecture: its compiler, running, and the file of what it says}: all at once."""
     from build_ext import NVCC
     from torch.utils.cpp_extension import COMMON_NVCC_FLAGS       # among them: no conversions of half types
-    command = ["nvcc", "-c", *COMMON_NVCC_FLAGS, *NVCC, "-Xptxas", "-v", f"-arch={arch}", source, "-o", "o.o"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    command = ["nvcc", "-c", *COMMON_NVCC_FLAGS, *NVCC, "-Xptxas", "-v", CSRC / "cuda.cu", "-o"]
+    folder = tmp_path_factory.mktemp("nvcc")
+    run = lambda a, log: subprocess.Popen([*command, folder / f"{a}.o", f"-arch={a}"], stderr=log.open("w"))
+    return {a: (run(a, folder / f"{a}.log"), folder / f"{a}.log") for a in ARCHITECTURES}
+
+
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="nvcc is not installed")
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_no_spills(arch, nvcc, record_property):
+    compiler, log = nvcc[arch]
+    status, said = compiler.wait(), log.read_text()
+    assert status == 0, said
     kernels = re.findall(r"entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
-                         r"(\d+) bytes spill loads.*?Used (\d+) registers", done.stderr, re.S)
-    assert len(kernels) == 15, done.stderr                           # 3 types of 3 modes, scatter and scale
+                         r"(\d+) bytes spill loads.*?Used (\d+) registers", said, re.S)
+    assert len(kernels) == 15, said                                  # 3 types of 3 modes, scatter and scale
     for name, *local, registers in kernels:
         assert local == ["0", "0", "0"], (name, local)
         record_property(name, registers)

@@ -162,8 +162,7 @@ class Again(torch.autograd.Function):
             return None, *torch.autograd.grad(ctx.f(*inputs), inputs, g)
 
 
-@pytest.mark.parametrize("inplace", [False, True])
-@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("reduction, inplace", [("none", False), ("mean", False), ("mean", True)])
 @pytest.mark.parametrize("N, V, K", [(4, 11, 5), (3, 7, 300)])
 def test_gradcheck(ext, N, V, K, reduction, inplace):
     """Against finite differences, not against formulas of ours; 300 targets are merged before."""
@@ -172,11 +171,10 @@ def test_gradcheck(ext, N, V, K, reduction, inplace):
     assert torch.autograd.gradcheck(lambda x: Again.apply(f, x), x.requires_grad_())
 
 
-@pytest.mark.parametrize("K", [5, 300])
-@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("reduction", ["none", "mean"])
 @pytest.mark.parametrize("softcap, scale", [(None, 1.0), (None, 0.7), (2.0, 0.7)])
-def test_gradcheck_linear(ext, K, reduction, softcap, scale):
-    _, i, p, _ = case(4, 11, K)
+def test_gradcheck_linear(ext, reduction, softcap, scale):
+    _, i, p, _ = case(4, 11, 5)
     inputs = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((4, 6), (11, 6), (11,))]
     f = lambda h, W, b: linear_vocab_kl(h, W, i, p, b, reduction, "ext", None, scale, softcap, 3)
     assert torch.autograd.gradcheck(f, inputs)
@@ -544,14 +542,6 @@ def test_gradients_from_above_linear(ext, reduction):
         loss = linear_vocab_kl(*wrt[:2], i, p, wrt[2], reduction, impl, None, 0.7, 2.0, 3)
         results.append((loss.detach(), torch.autograd.grad(loss, wrt, up)))
     assert_close(*results)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=name)
-def test_in_place_is_the_same_to_the_bit(ext, dtype):
-    x, i, p, _ = case(5, 5000, 40, dtype)
-    for reduction in "mean", "sum":
-        a, b = (gradient(x, i, p, reduction=reduction, inplace=inplace) for inplace in (False, True))
-        assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
 
 
 def test_in_place_is_told_to_autograd(ext):

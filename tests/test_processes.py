@@ -69,7 +69,7 @@ def test_baselines_see_the_whole_batch(backbone, texts_file, tmp_path, method):
 
 
 def test_one_goes_on_where_two_were_killed(backbone, texts_file, tmp_path):
-    long = settings(backbone, texts_file, tmp_path / "out", steps=2000, save_every=5)
+    long = settings(backbone, texts_file, tmp_path / "out", steps=2000, save_every=5, method="data")
     two = run(2, *flags(**long))
     state = tmp_path / "out" / "state"
     for _ in range(600):

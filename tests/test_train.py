@@ -1,4 +1,5 @@
 """Training: it learns, resumes bit for bit, gives a checkpoint that all libraries read alike, ends kindly."""
+import contextlib
 import itertools
 import json
 import math
@@ -15,10 +16,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from conftest import ANIMALS, PLACES, family, sentences
+from conftest import ANIMALS, PLACES, PROCESSES, family, sentences
 from torch.testing import assert_close
 
 import t2t
+from plumbing import folders
 from plumbing.cli import Error
 from t2t import Config, Embedder, bucketed_batch, learning_rate, train
 
@@ -78,9 +80,9 @@ def test_learning_rate_by_hand():
 
 
 # --------------------------------------------------------------------------------------------------- learning
-def test_it_learns_and_the_vocabulary_is_frozen(backbone, texts_file, tmp_path):
-    out = train(config(backbone, texts_file, tmp_path / "a", steps=1000, lr=2e-2))
-    facts = json.loads((Path(out) / "t2t.json").read_text())
+def test_it_learns_and_the_vocabulary_is_frozen(backbone, learned):
+    out = learned
+    facts = json.loads((out / "t2t.json").read_text())
     assert np.mean([r["loss"] for r in log(out)[-30:]]) < facts["constant_loss"] - 0.3    # above any constant
     before, after = weights(backbone), weights(out)
     assert set(before) == set(after)                             # the head is still tied
@@ -217,7 +219,7 @@ def test_more_batch_than_texts(backbone, tmp_path):
 
 
 # --------------------------------------------------------------------------------------------------- resuming
-@pytest.mark.parametrize("rank, dtype", [(0, "float32"), (4, "float32"), (4, "bfloat16")])
+@pytest.mark.parametrize("rank, dtype", [(0, "float32"), (4, "bfloat16")])
 def test_resumed_equals_uninterrupted(backbone, texts_file, tmp_path, rank, dtype):
     whole = train(config(backbone, texts_file, tmp_path / "whole", lora_rank=rank, dtype=dtype))
     with pytest.raises(Stop):
@@ -240,7 +242,7 @@ def cli(*args, **more):
 def test_ctrl_c_leaves_a_state(backbone, texts_file, tmp_path):
     out = tmp_path / "out"
     args = ["--backbone", backbone, "--corpus", texts_file, "--out", out, "--batch-size", 16, "--top-k", 8,
-            "--steps", 4000, "--save-every", 2, "--device", "cpu", "--dtype", "float32"]
+            "--steps", 4000, "--save-every", 2, "--device", "cpu", "--dtype", "float32", "--method", "data"]
     run = cli(*args)
     for _ in range(3000):
         if (out / "state" / "last.pt").exists() and len(log(out)) > 5:
@@ -251,9 +253,8 @@ def test_ctrl_c_leaves_a_state(backbone, texts_file, tmp_path):
     assert run.returncode == 130
     assert "the same command with --resume goes on" in err and "Traceback" not in err
     assert torch.load(out / "state" / "last.pt", weights_only=True)["run"]["step"] == log(out)[-1]["step"]
-    again = cli(*args)                                          # without --resume: refused, nothing is lost
-    _, err = again.communicate(timeout=60)
-    assert again.returncode == 2 and "add --resume" in err and len(err.splitlines()) == 1
+    with pytest.raises(Error, match="add --resume"):            # without: refused, nothing is lost
+        train(config(backbone, texts_file, out))
 
 
 def test_ctrl_c_says_how_to_go_on(backbone, texts_file, tmp_path):
@@ -331,42 +332,45 @@ def test_what_others_put_into_out_stays(backbone, texts_file, tmp_path):
     assert (Path(out) / "notes.txt").read_text() == "mine" and not (Path(out) / "state").exists()
 
 
+def hold(out, held):
+    folders.start(Config(out=out))
+    held.set()
+    time.sleep(600)
+
+
 def test_two_runs_do_not_share_a_folder(backbone, texts_file, tmp_path):
     """Even before the first saving."""
-    args = ["--backbone", backbone, "--corpus", texts_file, "--out", tmp_path / "a", "--device", "cpu",
-            "--method", "data", "--top-k", 8, "--steps", 1, "--dtype", "float32"]
-    code = ("import sys, time; from plumbing import folders; from t2t import Config\n"
-            "folders.start(Config(out=sys.argv[1])); print('has it', flush=True); time.sleep(600)")
-    first = subprocess.Popen([sys.executable, "-c", code, tmp_path / "a"], cwd=ROOT, stdout=subprocess.PIPE)
+    held = PROCESSES.Event()
+    first = PROCESSES.Process(target=hold, args=(str(tmp_path / "a"), held))
+    first.start()
     try:
-        assert first.stdout.readline() == b"has it\n"
-        second = cli(*args)
-        _, err = second.communicate(timeout=300)
-        assert second.returncode == 2 and "another run writes to" in err and "Traceback" not in err
+        assert held.wait(300)
+        with pytest.raises(Error, match="another run writes to"):
+            train(config(backbone, texts_file, tmp_path / "a", steps=1))
     finally:
         first.kill()
-        first.communicate()
+        first.join()
     assert train(config(backbone, texts_file, tmp_path / "a", steps=1))    # its lock has ended with it
 
 
-@pytest.mark.parametrize("environment, says", [
-    ({"WORLD_SIZE": "2", "RANK": "0"}, "expected torchrun to start several processes"),
-    ({"RANK": "1", "LOCAL_WORLD_SIZE": "0", "WORLD_SIZE": ""}, "")])
-def test_a_clusters_own_variables(environment, says, backbone, tmp_path):
-    """They start no processes: none waits for others that do not come, none takes itself for the second."""
+def test_a_clusters_own_variables(backbone, tmp_path):
+    """They start no processes: none waits for others that do not come. (RANK alone: test_a_console_that_is_not_utf8)"""
     args = ["--backbone", str(backbone), "--method", "none", "--out", str(tmp_path / "a"), "--device", "cpu"]
-    done = subprocess.run([sys.executable, "t2t.py", *args], cwd=ROOT, env={**os.environ, **environment},
-                          capture_output=True, text=True)
-    assert done.returncode == (2 if says else 0) and says in done.stderr and "Traceback" not in done.stderr
-    assert (tmp_path / "a" / "t2t.json").exists() == (not says)
+    done = subprocess.run([sys.executable, "t2t.py", *args], cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, "WORLD_SIZE": "2", "RANK": "0"})
+    assert done.returncode == 2 and "expected torchrun to start several processes" in done.stderr
+    assert "Traceback" not in done.stderr and not (tmp_path / "a" / "t2t.json").exists()
 
 
 def test_a_reader_that_goes_away_and_a_console_that_is_closed(backbone, texts_file, tmp_path):
     line = (f"{sys.executable} t2t.py --backbone {backbone} --corpus {texts_file} --method data --top-k 8 "
             "--device cpu --show-targets 300")
-    for end in "| head -1; exit ${PIPESTATUS[0]}", ">&- 2>&-":
-        done = subprocess.run(["bash", "-c", f"{line} {end}"], cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode in (0, 141) and "error" not in done.stderr and "Traceback" not in done.stderr
+    piped = dict(cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    both = [subprocess.Popen(["bash", "-c", f"{line} {end}"], **piped)
+            for end in ("| head -1; exit ${PIPESTATUS[0]}", ">&- 2>&-")]
+    for run in both:
+        _, err = run.communicate(timeout=300)
+        assert run.returncode in (0, 141) and "error" not in err and "Traceback" not in err
 
 
 def test_out_may_not_be_in_the_corpus(backbone, texts_file, tmp_path):
@@ -453,9 +457,8 @@ def test_what_a_kill_amid_the_last_renames_left(backbone, texts_file, tmp_path):
 # --------------------------------------------------------------------------------------------- the checkpoint
 @pytest.fixture(scope="module")
 def checkpoint(backbone, texts_file, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ckpt")
-    os.environ["T2T_CACHE"] = str(folder / "cache")
-    return Path(train(config(backbone, texts_file, folder / "ckpt", steps=200, lr=1e-2)))
+    out = tmp_path_factory.mktemp("a") / "ckpt"
+    return Path(train(config(backbone, texts_file, out, steps=200, lr=1e-2)))
 
 
 def relative(a, b):
@@ -544,10 +547,10 @@ def test_model_card(backbone, texts_file, tmp_path):
     assert card.data.datasets == ["a/b"] and card.data.language is None
 
 
-def test_publishing_reads_the_folder(checkpoint):
+def test_publishing_reads_the_folder(checkpoint, tmp_path):
     """push_to_hub of sentence-transformers writes the folder again: the same vectors, the same weights."""
     from sentence_transformers import SentenceTransformer
-    st, again = SentenceTransformer(str(checkpoint), device="cpu"), checkpoint.parent / "again"
+    st, again = SentenceTransformer(str(checkpoint), device="cpu"), tmp_path / "again"
     st.save_pretrained(str(again))
     texts = sentences(3)
     assert_close(torch.tensor(SentenceTransformer(str(again), device="cpu").encode(texts)),
@@ -656,21 +659,25 @@ def test_a_disk_that_fills_while_the_tokenizer_is_saved(backbone, texts_file, tm
     assert [f.name for f in tmp_path.iterdir()] == ["a"]
 
 
+def run_with_small_files(settings, said):
+    import resource
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+    with open(said, "w") as sink, contextlib.redirect_stdout(sink), contextlib.redirect_stderr(sink):
+        t2t.run_command(train, settings)
+
+
 def test_a_file_may_not_grow(backbone, texts_file, tmp_path):
     """The state, and then the checkpoint, larger than a file may be: one line, and nothing half-written."""
-    code = """if True:
-        import resource, sys, torch, t2t
-        config = t2t.parse(t2t.Config, t2t.__doc__)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
-        t2t.run_command(t2t.train, config)"""
     for method in "data", "none":
-        args = ["--backbone", backbone, "--out", tmp_path / method, "--device", "cpu", "--method", method]
-        few = ["--corpus", texts_file, "--steps", 1, "--batch-size", 4, "--lora-rank", 0, "--top-k", 4]
-        args += few * (method == "data")
-        done = subprocess.run([sys.executable, "-c", code, *map(str, args)], cwd=ROOT, text=True,
-                              capture_output=True)
-        errors = [line for line in done.stderr.splitlines() if line.startswith("t2t.py: error: ")]
-        assert done.returncode == 2 and len(errors) == 1 and "Traceback" not in done.stderr, done.stderr
+        few = dict(corpus=str(texts_file), steps=1, batch_size=4, lora_rank=0, top_k=4)
+        settings = Config(backbone=str(backbone), out=str(tmp_path / method), device="cpu", method=method,
+                          **few if method == "data" else {})
+        process = PROCESSES.Process(target=run_with_small_files, args=(settings, tmp_path / "said"))
+        process.start()
+        process.join()
+        said = (tmp_path / "said").read_text()
+        errors = [line for line in said.splitlines() if line.startswith("t2t.py: error: ")]
+        assert process.exitcode == 2 and len(errors) == 1 and "Traceback" not in said, said
         assert f"--out: expected to write in {tmp_path / method}, where" in errors[0], errors
         left = [f.name for f in tmp_path.rglob("*") if "new" in f.name]
         assert not left
@@ -678,14 +685,15 @@ def test_a_file_may_not_grow(backbone, texts_file, tmp_path):
 
 def test_a_console_that_is_not_utf8(backbone, tmp_path):
     """A corpus with a Cyrillic name, and --out: a checkpoint, whose card has the name, and no error from
-    printing it."""
+    printing it. Also where a cluster says RANK=1: without torchrun, this is no second process."""
     corpus = tmp_path / "собаки.txt"
     corpus.write_text("\n".join(sentences(40)) + "\nСобака и кошка.\n", "utf-8")
     out = tmp_path / "папка" / "выход"
     command = [sys.executable, "t2t.py", "--backbone", backbone, "--corpus", corpus, "--out", out,
                "--steps", "1", "--top-k", "4", "--batch-size", "4", "--device", "cpu"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True,
-                          env=os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0"})
+                          env=os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "RANK": "1", "WORLD_SIZE": "",
+                                            "LOCAL_WORLD_SIZE": "0"})
     assert done.returncode == 0, done.stderr
     assert "собаки.txt" in (out / "README.md").read_text("utf-8")
     assert Embedder.load(out).encode(["x"]).shape == (1, 32)
