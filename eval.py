@@ -266,11 +266,12 @@ def into_card(path, rows, tasks):
     """Put scores, {task: score}, into the front matter of the card at `path`, where the hub reads them."""
     from huggingface_hub import EvalResult, ModelCard
     card = ModelCard.load(path)
-    old = {r.dataset_config: r for r in card.data.eval_results or ()}
-    new = {name: EvalResult(task_type=tasks[name].type, dataset_type=tasks[name].dataset["path"],
+    by_task = lambda results: {(r.dataset_type, r.dataset_config, r.metric_type): r for r in results}
+    new = [EvalResult(task_type=tasks[name].type, dataset_type=tasks[name].dataset["path"],
                             dataset_name=name, dataset_config=name, metric_type=tasks[name].main_score,
-                            metric_value=float(value)) for name, value in rows.items()}
-    card.data.model_name, card.data.eval_results = path.resolve().parent.name, list((old | new).values())
+                            metric_value=float(value)) for name, value in rows.items()]
+    both = by_task(card.data.eval_results or ()) | by_task(new)
+    card.data.model_name, card.data.eval_results = path.resolve().parent.name, list(both.values())
     write_whole(path, str(card))
 
 def evaluate(paths, tasks=None, data_dir=None, out="runs/mteb", *, batch_size=32, device="auto",

@@ -107,9 +107,9 @@ def checked(config):
 
 def command_line(config):
     """The command that makes this config."""
-    given = [(flag(f.name), getattr(config, f.name)) for f in dataclasses.fields(config)
-             if getattr(config, f.name) != f.default and f.name not in ("resume", "overwrite")]
-    return shlex.join(["python", "t2t.py", *(part for name, value in given for part in (name, str(value)))])
+    given = [flag(f.name) + f"={value}" * (value is not True) for f in dataclasses.fields(config)
+             if (value := getattr(config, f.name)) != f.default and f.name not in ("resume", "overwrite")]
+    return shlex.join(["python", "t2t.py", *given])
 
 
 def run_command(train, config):

@@ -12,6 +12,7 @@ tokenize_corpus writes the ids of all texts to disk, once.
 import gzip
 import hashlib
 import importlib.util
+import itertools
 import json
 import re
 import unicodedata
@@ -165,8 +166,9 @@ def parquet(path):
         raise Error(f"--corpus: expected parquet, but {path} is not ({str(e).splitlines()[0]})") from None
 
 
-def hub(name, column="text", configuration=None, split="train"):
+def hub(name, column="", configuration="", split="train"):
     import datasets
+    column = column or "text"
     if not name:
         raise Error("--corpus: expected hub:NAME, got no name")
 
@@ -319,11 +321,6 @@ def is_unspaced(letter):
 
 def blocks(items, n):
     """Lists of n items, the last one shorter."""
-    block = []
-    for item in items:
-        block.append(item)
-        if len(block) == n:
-            yield block
-            block = []
-    if block:
+    items = iter(items)
+    while block := list(itertools.islice(items, n)):
         yield block

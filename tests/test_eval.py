@@ -187,8 +187,11 @@ def test_scores_go_into_the_card(bare, data, tmp_path, capsys):
     from huggingface_hub import ModelCard
     folder = Path(make_st(tmp_path / "mine", bare))
     (folder / "t2t.json").write_text("{}")
-    (folder / "README.md").write_text("---\nlicense: mit\n---\n# Mine\n")
-    scores = {}
+    others = "".join(f"  - task: {{type: STS}}\n    dataset: {{type: {name}, name: {name}}}\n    metrics: "
+                     f"[{{type: pearson, value: 1}}]\n" for name in ("A", "B"))    # without a configuration
+    (folder / "README.md").write_text("---\nlicense: mit\nmodel-index:\n- name: mine\n  results:\n"
+                                      f"{others}---\n# Mine\n")
+    scores = {"A": 1, "B": 1}
     for task in [*STS_PATHS, *STS_PATHS]:
         table = ev.evaluate([str(folder)], [task], data, tmp_path / "out", device="cpu")
         scores[task] = table["tasks"][0]["scores"]["mine"]
@@ -196,7 +199,8 @@ def test_scores_go_into_the_card(bare, data, tmp_path, capsys):
         card = ModelCard.load(folder / "README.md")
         assert {r.dataset_name: r.metric_value for r in card.data.eval_results} == scores
     assert card.data.license == "mit" and "# Mine" in card.text and card.data.model_name == "mine"
-    assert {r.dataset_type for r in card.data.eval_results} == {"mteb/stsbenchmark-sts", "mteb/sts12-sts"}
+    types = {r.dataset_type for r in card.data.eval_results}
+    assert types == {"A", "B", "mteb/stsbenchmark-sts", "mteb/sts12-sts"}
     (folder / "README.md").unlink()
     assert ev.evaluate([str(folder)], ["STS12"], data, tmp_path / "out", device="cpu")["tasks"]
     assert "scores not put into" in capsys.readouterr().err and (tmp_path / "out" / "table.md").exists()

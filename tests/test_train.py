@@ -1,9 +1,11 @@
 """Training: it learns, resumes bit for bit, gives a checkpoint that all libraries read alike, ends kindly."""
 import contextlib
+import dataclasses
 import itertools
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -20,6 +22,7 @@ from conftest import ANIMALS, PLACES, PROCESSES, family, sentences
 from torch.testing import assert_close
 
 import t2t
+from plumbing import cli as cli_module
 from plumbing import folders
 from plumbing.cli import Error
 from t2t import Config, Embedder, bucketed_batch, learning_rate, train
@@ -354,7 +357,8 @@ def test_two_runs_do_not_share_a_folder(backbone, texts_file, tmp_path):
 
 
 def test_a_clusters_own_variables(backbone, tmp_path):
-    """They start no processes: none waits for others that do not come. (RANK alone: test_a_console_that_is_not_utf8)"""
+    """They start no processes: none waits for others that do not come. (RANK alone: see the console that is
+    not UTF-8.)"""
     args = ["--backbone", str(backbone), "--method", "none", "--out", str(tmp_path / "a"), "--device", "cpu"]
     done = subprocess.run([sys.executable, "t2t.py", *args], cwd=ROOT, capture_output=True, text=True,
                           env={**os.environ, "WORLD_SIZE": "2", "RANK": "0"})
@@ -523,11 +527,18 @@ def test_what_is_written_down(checkpoint):
     facts = json.loads((checkpoint / "t2t.json").read_text())
     assert facts["config"]["seed"] == 42 and facts["versions"]["torch"] == torch.__version__
     assert facts["corpus_hash"] and facts["loss"] and facts["constant_loss"] and facts["texts"] == 400
-    assert "--lr 0.01" in facts["command"]
+    assert "--lr=0.01" in facts["command"]
     assert facts["scale"] in t2t.SCALES
     used = facts["config"]                                   # what was used: nothing is left to be resolved
     assert set(used) == set(Config.__dataclass_fields__)
     assert "auto" not in used.values() and {k for k, v in used.items() if v is None} == {"init"}
+
+
+def test_the_command_makes_the_same_config(monkeypatch):
+    settings = Config(grad_checkpointing=True, prompt="-q: ", lr=0.01, init="a b", overwrite=True)
+    monkeypatch.setattr(cli_module.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", shlex.split(cli_module.command_line(settings))[1:])
+    assert cli_module.parse(Config, "") == dataclasses.replace(settings, overwrite=False)
 
 
 def test_model_card(backbone, texts_file, tmp_path):
