@@ -268,8 +268,8 @@ def into_card(path, rows, tasks):
     card = ModelCard.load(path)
     by_task = lambda results: {(r.dataset_type, r.dataset_config, r.metric_type): r for r in results}
     new = [EvalResult(task_type=tasks[name].type, dataset_type=tasks[name].dataset["path"],
-                            dataset_name=name, dataset_config=name, metric_type=tasks[name].main_score,
-                            metric_value=float(value)) for name, value in rows.items()]
+                      dataset_name=name, dataset_config=name, metric_type=tasks[name].main_score,
+                      metric_value=float(value)) for name, value in rows.items()]
     both = by_task(card.data.eval_results or ()) | by_task(new)
     card.data.model_name, card.data.eval_results = path.resolve().parent.name, list(both.values())
     write_whole(path, str(card))

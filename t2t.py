@@ -455,7 +455,10 @@ def vocab_kl(logits, indices, probs, reduction="mean", impl="auto", inplace=Fals
         return op(logits, indices, probs, REDUCTIONS.index(reduction))
     x = logits if logits.dtype == torch.float64 else logits.float()
     i, p = coalesce(indices, probs.to(x.dtype))
-    log_softmax = F.log_softmax(x, 1).gather(1, i.clamp_min(0))        # (N,K) at the targets
+    # by hand: with F.log_softmax a training step takes a tenth longer on a CPU
+    x = x - x.detach().amax(1, keepdim=True)         # no overflow, and a large common offset costs no digits
+    log_s = x.exp().sum(1, keepdim=True).log()
+    log_softmax = x.gather(1, i.clamp_min(0)) - log_s                  # (N,K) at the targets
     log_softmax = log_softmax.masked_fill(p == 0, 0)                  # 0 log 0 = 0, even if a logit is -inf
     return reduce((torch.special.xlogy(p, p) - p * log_softmax).sum(1), (p > 0).any(1), reduction)
 

@@ -8,7 +8,7 @@ import torch
 from build_ext import choose
 from plumbing.cli import Error
 
-# OURS: by validation (results/README.md), with LoRA and batches of 32; mntp was tried at 3e-4 alone.
+# OURS: by validation (results/details.md), with LoRA and batches of 32; mntp was tried at 3e-4 alone.
 # arXiv 2404.05961 trains larger models by simcse at 3e-5, in batches of 128.
 DEFAULT_LR = {"data": 1e-3, "model": 1e-3, "both": 1e-3, "simcse": 1e-3, "mntp": 3e-4, "none": 0.0}
 

@@ -56,6 +56,7 @@ def ext():
     module.use_isa(before)
     torch.set_num_threads(threads)
 
+
 # forked from one that has imported all: a second each
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["t2t", "test_train"])

@@ -109,7 +109,8 @@ def test_null_is_an_empty_text(tmp_path):
     (hub / "README.md").write_text("---\nconfigs:\n" + "".join(
         f"- config_name: {name}\n  data_files:\n  - split: test\n    path: other.jsonl\n" for name in "ab")
         + "---\n")
-    for source in (tmp_path / "a.jsonl", tmp_path / "b.parquet", f"hub:{hub}:text:b:test", f"hub:{hub}::b:test"):
+    for source in (tmp_path / "a.jsonl", tmp_path / "b.parquet", f"hub:{hub}:text:b:test",
+                   f"hub:{hub}::b:test"):
         counts = corpus.Counts()
         assert list(texts(source, counts)) == ["One.", "Two."] and counts.empty == 1
     for source in (f"hub:{hub}", f"hub:{hub}:text:b"):                # which of two; no split called train
