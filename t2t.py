@@ -46,9 +46,10 @@ class Config:
                           "hub:NAME[:COLUMN[:CONFIGURATION[:SPLIT]]]", TRAINED)
     out: str = setting("ckpt", "folder for the finished checkpoint")
     init: str | None = setting(None, "start from this checkpoint's weights (a second stage)", TRAINED)
-    pooling: str = setting("mean", "how the states of a text become one vector", choices=["mean", "last"])
-    prompt: str = setting("", "for SentenceTransformer.encode_query, not in training")
-    attention: str = setting("bidirectional", "what a token may look at", choices=["bidirectional", "causal"])
+    prompt: str = setting('This text: "{}" means in one word: "', "what the model reads: {} is the text; {} "
+                          "alone: no question", [m for m in ALL if m != "mntp"])
+    pooling: str = setting("last", "how the states become one vector", choices=["last", "mean"])
+    attention: str = setting("causal", "what a token may look at", choices=["causal", "bidirectional"])
     top_k: int = setting(64, "K, target tokens per text", WITH_TARGETS, least=1)
     temperature: float = setting(1.0, "of the targets; lower: sharper", WITH_TARGETS, least=1e-6)
     max_length: int = setting(64, "tokens per text in training; in use at least 256", least=1)
@@ -101,7 +102,8 @@ from plumbing.backbones import (add_adapters, attention_kernel, check_head, fetc
                                 positions, read_backbone, usable_length)
 from plumbing.baselines import mntp, simcse, token_entropy
 from plumbing.cache import cached, hash_of, source_hash
-from plumbing.corpus import blocks, is_unspaced, tokenize, tokenize_corpus, tokenizer_hash
+from plumbing.corpus import (around, blocks, is_unspaced, question, set_prompt, tokenize, tokenize_corpus,
+                             tokenizer_hash)
 from plumbing.losses import linear_vocab_kl, scatter_targets  # noqa: F401 (re-exported)
 
 # --------------------------------------------------------------------------------------------------- 1. words
@@ -290,26 +292,11 @@ def data_targets(ids, words, idf, K, *, temperature):
     return indices, probs
 
 
-ONE_WORD = 'This text: "{}" means in one word: "'      # OURS, in the manner of PromptEOL (arXiv 2307.16645)
-
-
-def one_word_questions(ids, model, tok):
-    """list of n id arrays -> list of n id lists, ONE_WORD with each text in its place."""
-    special = set(tok.all_special_ids)
-    front = [*itertools.takewhile(special.__contains__, tok(ONE_WORD)["input_ids"])]      # <s>, not </s>
-    before, after = (tok(part, add_special_tokens=False)["input_ids"] for part in ONE_WORD.split("{}"))
-    room = positions(model) - len(front + before + after)              # a text is cut, the question is not
-    if room < 1:
-        raise Error(f"--method: expected a model that reads more tokens than the question for one word has, "
-                    f"got {positions(model)} positions: pass --method data")
-    return [front + before + [i for i in map(int, row) if i not in special][:room] + after for row in ids]
-
-
 @torch.no_grad()
-def predict(ids, model, tok):
+def predict(ids, model, tok, *, before, after):
     """list of n id arrays -> log p (n,V): what the frozen causal backbone says when asked for one word."""
-    rows, H = one_word_questions(ids, model, tok), head(model)
-    out = torch.empty(len(rows), len(H.weight))
+    H, room = head(model), positions(model) - len(before + after)      # a text is cut, the question is not
+    rows, out = [[*before, *row[:room], *after] for row in ids], torch.empty(len(ids), len(H.weight))
     for part in blocks(sorted(range(len(rows)), key=lambda n: len(rows[n])), 32):          # of like lengths
         padded, mask = pad([rows[n] for n in part], tok.pad_token_id, model.device)
         h = pool(hidden_states(model, padded, mask), mask, "last")                                   # (b,C)
@@ -348,12 +335,16 @@ def method_targets(config, tokens, words, *, model, tok):
     if config.method in ("data", "both"):
         idf = np.log(len(tokens) / np.maximum(1, document_frequency(tokens, words)))
     if config.method in ("model", "both"):
+        before, after = question(tok, config.prompt if config.prompt != "{}" else Config.prompt)
+        if positions(model) <= len(before + after):
+            raise Error("--method: expected a model that reads more tokens than the question for one word "
+                        f"has, got {positions(model)} positions: pass --method data")
+        says = functools.partial(predict, model=model, tok=tok, before=before, after=after)
         sample = [tokens[n] for n in epoch_permutation(config.seed, 0, len(tokens))[:SAMPLE]]
         parts = blocks(tqdm(sample, "mean of log p"), 64)
-        mean_log_p = sum(predict(part, model, tok).sum(0) for part in parts) / len(sample)            # (V,)
+        mean_log_p = sum(says(part).sum(0) for part in parts) / len(sample)                           # (V,)
     of_data = lambda ids, K: data_targets(ids, words, idf, K, temperature=temperature)
-    of_model = lambda ids, K: model_targets(predict(ids, model, tok), mean_log_p, words, K,
-                                            temperature=temperature)
+    of_model = lambda ids, K: model_targets(says(ids), mean_log_p, words, K, temperature=temperature)
     if config.method != "both":
         return lambda ids: (of_data if config.method == "data" else of_model)(ids, K)
 
@@ -408,12 +399,12 @@ def build_targets(config, tokens, words, *, model, tok, own=None):
     def load(folder):
         return [np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("indices", "probs")]
     # the source text of what makes targets: an edit makes them anew
-    made_by = source_hash(sorted(STOP), ONE_WORD, str(SAMPLE), is_unspaced, is_letter, read_vocabulary,
+    made_by = source_hash(sorted(STOP), str(SAMPLE), is_unspaced, is_letter, read_vocabulary,
                           find_words, document_frequency, epoch_permutation, Head, head, pad,
                           hidden_states, pool, blocks, positions, coalesce, data_targets,
-                          one_word_questions, predict, model_targets, method_targets, build_targets)
-    model_facts = config.method != "data" and (str(model.dtype), identity_of(config.backbone), config.seed,
-                                               folders.versions())
+                          question, predict, model_targets, method_targets, build_targets)
+    model_facts = config.method != "data" and (str(model.dtype), identity_of(config.backbone), config.prompt,
+                                               config.seed, folders.versions())
     name = made_by, tokens.folder.name, config.method, K, config.temperature, texts.tolist(), model_facts
     # own targets are not kept: nothing tells what a function computes
     indices, probs = make() if own else cached("targets", hash_of(*name), write, load)
@@ -505,6 +496,7 @@ class Embedder:
     def __init__(self, model, tok, pooling="mean", max_length=256, scale=1.0, mean=None):
         self.model, self.tok, self.pooling, self.max_length = model, tok, pooling, max_length
         self.scale, self.mean = scale, mean
+        self.before, self.after = around(tok)              # what the tokenizer puts around a text
 
     @classmethod
     def load(cls, folder, device="cpu"):
@@ -524,12 +516,13 @@ class Embedder:
     def token_ids(self, texts):
         if isinstance(texts, str):
             raise TypeError("texts: expected a list, got one text: pass [text]")
-        return tokenize(self.tok, list(texts), self.max_length)
+        return tokenize(self.tok, list(texts), self.max_length - len(self.before + self.after))
 
     @torch.no_grad()
     def pooled(self, ids, batch_size=64):
-        """list of N id lists -> h (N,C) float32."""
+        """list of N id lists, of the texts alone -> h (N,C) float32."""
         h = torch.zeros(len(ids), head(self.model).weight.shape[1])
+        ids = [[*self.before, *row, *self.after] for row in ids]
         order = sorted((n for n in range(len(ids)) if len(ids[n])), key=lambda n: -len(ids[n]))
         for rows in blocks(order, batch_size):                         # of like lengths: less padding
             padded, mask = pad([ids[n] for n in rows], self.tok.pad_token_id, self.model.device)
@@ -627,7 +620,8 @@ def make_trainable(model, rank, seed):
 def fit(embedder, config, *, out, tokens, q, on_step):
     """The training loop -> facts, which the checkpoint records."""
     model, tok, device = embedder.model, embedder.tok, config.device
-    H, B, lengths = head(model), min(config.batch_size, len(tokens)), tokens.lengths
+    before, after = embedder.before, embedder.after
+    H, B, lengths = head(model), min(config.batch_size, len(tokens)), tokens.lengths + len(before + after)
     params = [p for p in model.parameters() if p.requires_grad]
     is_simcse = config.method == "simcse"
     # the loss of a predictor that does not see the text: simcse: a guess among B; mntp: token frequencies
@@ -670,7 +664,7 @@ def fit(embedder, config, *, out, tokens, q, on_step):
             texts = bucketed_batch(run["step"], config.seed, lengths, B, bucket=1 if is_simcse else BUCKET)
             texts = processes.mine(texts)               # (b,) by torchrun: the share of this process
             at_once = memory.texts_at_once(lengths[texts].max(), config)
-            batch = [pad([tokens[n] for n in part], tok.pad_token_id, device)
+            batch = [pad([[*before, *tokens[n], *after] for n in part], tok.pad_token_id, device)
                      for part in blocks(texts, at_once)]                # list of ids, mask (b,T)
             if is_simcse:
                 losses = simcse(batch, forward, model)
@@ -750,7 +744,8 @@ def train(config, targets=None, on_step=None):
     with processes.first_alone():                                      # the others read what it has cached
         model, tok = load_backbone(config.backbone, "causal", dtype)
         model.to(config.device)
-        V, length_in_use = len(head(model).weight), usable_length(model, config.backbone, config)
+        set_prompt(tok, config.prompt)
+        V, length_in_use = len(head(model).weight), usable_length(model, tok, config.backbone, config)
         words, own = read_vocabulary(tok, V), targets and own_targets(targets, config.top_k, V)
         tokens = tokenize_corpus(config.corpus, tok, config.max_length) if trains else None
         if config.show_targets:
@@ -767,7 +762,7 @@ def train(config, targets=None, on_step=None):
     model.to(config.device)
     if len(head(model).weight) != V or its_tok.get_vocab() != tok.get_vocab():
         raise Error(f"--init: expected a checkpoint made from {config.backbone}, got another vocabulary")
-    length_in_use = min(length_in_use, usable_length(model, start, config))
+    length_in_use = min(length_in_use, usable_length(model, tok, start, config))
     embedder, facts = Embedder(model, tok, config.pooling, length_in_use), {}
 
     # ---- training, and what the texts of the corpus have in common

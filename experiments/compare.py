@@ -43,7 +43,7 @@ import t2t  # noqa: E402
 from analyze import bars, key_alignment, sample  # noqa: E402
 from plumbing.cache import hash_of, write_json, write_whole  # noqa: E402
 from plumbing.cli import Error  # noqa: E402
-from plumbing.corpus import tokenize_corpus  # noqa: E402
+from plumbing.corpus import set_prompt, tokenize_corpus  # noqa: E402
 from untrained import NAMES, Function, untrained  # noqa: E402
 
 STS = ["STS12", "STS13", "STSBenchmark"]
@@ -53,31 +53,35 @@ PREDICT = dict(method="mntp", batch_size=32, lr=3e-4)
 WORDS = dict(method="data", batch_size=32, lr=1e-3)
 MODEL = dict(method="model", batch_size=32, lr=1e-3)
 BOTH = dict(method="both", batch_size=32, lr=1e-3)
+AVERAGE = dict(pooling="mean", attention="bidirectional")
+MEAN = AVERAGE | dict(prompt="{}")                     # no question
 RUNS = {                                               # name -> for each stage what differs from t2t.Config
     "simcse": [CONTRAST],
-    "mntp, simcse": [PREDICT, CONTRAST],               # LLM2Vec's unsupervised recipe
     "data": [WORDS],
     "model": [MODEL],
     "both": [BOTH],
-    "data, model": [WORDS, MODEL],
-    "both, causal": [BOTH | dict(attention="causal")],
-    "both, last": [BOTH | dict(pooling="last")],
+    "simcse, mean": [CONTRAST | MEAN],
+    "mntp, simcse": [PREDICT | AVERAGE, CONTRAST | MEAN],              # LLM2Vec's unsupervised recipe
+    "data, mean": [WORDS | MEAN],
+    "model, mean": [MODEL | MEAN],
+    "both, mean": [BOTH | MEAN],
 }
 TRIALS = {                                             # the best of each method stands above
     **RUNS,
-    **{f"both, rate {lr:g}": [BOTH | dict(lr=lr)] for lr in (5e-4, 2e-3)},
-    **{f"both, K {K}": [BOTH | dict(top_k=K)] for K in (16, 256)},
-    **{f"both, temperature {t:g}": [BOTH | dict(temperature=t)] for t in (0.5, 2)},
-    **{f"both, rank {r}": [BOTH | dict(lora_rank=r)] for r in (4, 64)},
-    "both, all weights": [BOTH | dict(lora_rank=0, lr=2e-4)],
-    "both, batch 64": [BOTH | dict(batch_size=64)],
-    **{f"simcse, batch {B}, rate {lr:g}": [CONTRAST | dict(batch_size=B, lr=lr)]
+    "data, model, mean": [WORDS | MEAN, MODEL | MEAN],
+    "both, last, no question": [BOTH | MEAN | dict(pooling="last")],
+    **{f"both, mean, {what}": [BOTH | MEAN | settings] for what, settings in {
+        "rate 0.0005": dict(lr=5e-4), "rate 0.002": dict(lr=2e-3), "K 16": dict(top_k=16),
+        "K 256": dict(top_k=256), "temperature 0.5": dict(temperature=0.5),
+        "temperature 2": dict(temperature=2), "rank 4": dict(lora_rank=4), "rank 64": dict(lora_rank=64),
+        "all weights": dict(lora_rank=0, lr=2e-4), "batch 64": dict(batch_size=64)}.items()},
+    **{f"simcse, mean, batch {B}, rate {lr:g}": [CONTRAST | MEAN | dict(batch_size=B, lr=lr)]
        for B, lr in ((128, 3e-4), (32, 3e-4), (32, 2e-3), (16, 3e-4), (16, 1e-3))},
-    "mntp, simcse, rate 0.0003": [PREDICT, CONTRAST | dict(lr=3e-4)],
-    "mntp, simcse, batches 64, 128, rate 0.0003": [PREDICT | dict(batch_size=64),
-                                                   CONTRAST | dict(batch_size=128, lr=3e-4)],
+    "mntp, simcse, rate 0.0003": [PREDICT | AVERAGE, CONTRAST | MEAN | dict(lr=3e-4)],
+    "mntp, simcse, batches 64, 128, rate 0.0003": [PREDICT | AVERAGE | dict(batch_size=64),
+                                                   CONTRAST | MEAN | dict(batch_size=128, lr=3e-4)],
 }
-CLAIMS = [("both", x) for x in (*NAMES, *RUNS) if x != "both"]
+CLAIMS = [(one, x) for one in ("both", "both, mean") for x in (*NAMES, *RUNS) if x != one]
 
 
 KEPT = ("command", "loss", "constant_loss", "texts_seen", "seconds", "versions", "corpus_hash")
@@ -319,16 +323,22 @@ def curves(a):
                 key = key_alignment(embedder.logits(embedder.pooled(ids)), embedder.words, ids)
                 points.append([step * a.texts // steps, round(100 * sts, 2), round(100 * key, 2)])
                 print(name, points[-1], flush=True)
-        measure(0, t2t.Embedder(*t2t.load_backbone(a.backbone, "bidirectional")))
+        measure(0, t2t.Embedder(*asked(a)))
         embedder, folder = train(name, RUNS[name], seed, a, measure)            # which `run` then scores
         made = json.loads((folder / "t2t.json").read_text())
         facts[name] = {"settings": RUNS[name], "seed": seed, "commit": here, "texts, STS, key words": points,
                        **without_folders({k: made[k] for k in KEPT})}
         if name == "both":
-            model, tok = t2t.load_backbone(a.backbone, "causal")
-            facts[name]["tokens"] = [e.top_tokens(SHOWN, 8)[0] for e in (t2t.Embedder(model, tok), embedder)]
+            facts[name]["tokens"] = [e.top_tokens(SHOWN, 8)[0] for e in (t2t.Embedder(*asked(a)), embedder)]
         write_json(file, facts)
     picture(facts, ROOT / "results" if a.publish else Path(a.runs), a)
+
+
+def asked(a):
+    """What training starts from: the backbone, its tokenizer with the question, the pooling"""
+    model, tok = t2t.load_backbone(a.backbone, t2t.Config.attention)
+    set_prompt(tok, t2t.Config.prompt)
+    return model, tok, t2t.Config.pooling
 
 
 SHOWN = ["She plays the violin in a small orchestra."]

