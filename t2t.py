@@ -3,14 +3,15 @@
     python t2t.py                                          # SmolLM2 on documentation: five minutes on a CPU
     python t2t.py --backbone Qwen/Qwen3-0.6B --corpus my.jsonl  # your model, your texts, no labels
 
-A language model turns a text into states, and its head turns states into tokens. Pool the states of a text
-into one vector h and send *that* through the head: the pretrained model lights up `, . the and`, an embedder
-should light up the tokens that the text is about (give them probability). Text2Token makes it so:
+Ask a language model what a text means in one word. The state of the last token, from which it would answer,
+is one vector h for the text, and the head turns h into the tokens of the answer. The pretrained model gives
+probability to `A`, `The` and half words, too; an embedder should light up (give probability to) the tokens
+that the text is about. Text2Token makes it so:
 
-    x = f(ids)                              f: the backbone without its head, x_t a state for each token
-    h = mean_t x_t                          one vector for the text
+    x = f(This text: "..." means in one word: ")       f: the backbone without its head, x_t: a state a token
+    h = x_T                                 the last state: one vector for the text
     z = H(s h)                              H: the backbone's own head, frozen; s is measured once
-    L = mean_b KL(q_b || softmax(z_b))      q_b: words of text b, and words that the pretrained model predicts
+    L = mean_b KL(q_b || softmax(z_b))      q_b: words of text b, and words that the pretrained model answers
     e = h / |h|                             what encode returns
 
     B texts of a step   T tokens   C width   V vocabulary   K target tokens a text   N texts of the corpus
@@ -46,13 +47,14 @@ class Config:
                           "hub:NAME[:COLUMN[:CONFIGURATION[:SPLIT]]]", TRAINED)
     out: str = setting("ckpt", "folder for the finished checkpoint")
     init: str | None = setting(None, "start from this checkpoint's weights (a second stage)", TRAINED)
-    prompt: str = setting('This text: "{}" means in one word: "', "what the model reads: {} is the text; {} "
-                          "alone: no question", [m for m in ALL if m != "mntp"])
+    # in the manner of PromptEOL (arXiv 2307.16645)
+    prompt: str = setting('This text: "{}" means in one word: "', "what the model reads, {} being the text; "
+                          "'{}' alone: no question", [m for m in ALL if m != "mntp"])
     pooling: str = setting("last", "how the states become one vector", choices=["last", "mean"])
     attention: str = setting("causal", "what a token may look at", choices=["causal", "bidirectional"])
     top_k: int = setting(64, "K, target tokens per text", WITH_TARGETS, least=1)
     temperature: float = setting(1.0, "of the targets; lower: sharper", WITH_TARGETS, least=1e-6)
-    max_length: int = setting(64, "tokens per text in training; in use at least 256", least=1)
+    max_length: int = setting(64, "tokens per text in training, question apart; in use at least 256", least=1)
     batch_size: int = setting(32, "texts per step", TRAINED, least=1)
     micro_batch: int = setting(8, "texts per forward pass (more if short)", TRAINED, least=1)
     grad_checkpointing: bool = setting(False, "compute layers again in backward: less memory", TRAINED)
@@ -108,7 +110,8 @@ from plumbing.losses import linear_vocab_kl, scatter_targets  # noqa: F401 (re-e
 
 # --------------------------------------------------------------------------------------------------- 1. words
 # tokenize_corpus writes the ids of all texts to disk, one text after the other: tokens.ids. Text n, (T,), is
-# tokens[n]; it begins at tokens.start[n] and has tokens.lengths[n]. Which tokens are words?
+# tokens[n]; it begins at tokens.start[n] and has tokens.lengths[n]. The question is not among them: it is put
+# around a text, ids `before` and `after` it, where the model reads. Which tokens are words?
 
 # OURS: words that carry grammar, not content. Everything subtler is left to idf, which knows the corpus.
 STOP = frozenset("""
@@ -496,11 +499,12 @@ class Embedder:
     def __init__(self, model, tok, pooling="mean", max_length=256, scale=1.0, mean=None):
         self.model, self.tok, self.pooling, self.max_length = model, tok, pooling, max_length
         self.scale, self.mean = scale, mean
-        self.before, self.after = around(tok)              # what the tokenizer puts around a text
+        self.before, self.after = around(tok)              # the question is the template of the tokenizer
 
     @classmethod
     def load(cls, folder, device="cpu"):
-        """A checkpoint of `train`, a folder or a hub id; another model as it is: causal, mean, 512 tokens."""
+        """A checkpoint of `train`, a folder or a hub id; another model as it is: causal, mean of the states,
+        no question, 512 tokens."""
         folder = fetched(folder)
         facts = folders.read_facts(folder)
         used = facts.get("config", {})
@@ -520,7 +524,7 @@ class Embedder:
 
     @torch.no_grad()
     def pooled(self, ids, batch_size=64):
-        """list of N id lists, of the texts alone -> h (N,C) float32."""
+        """list of N id lists, without what stands around every text -> h (N,C) float32."""
         h = torch.zeros(len(ids), head(self.model).weight.shape[1])
         ids = [[*self.before, *row, *self.after] for row in ids]
         order = sorted((n for n in range(len(ids)) if len(ids[n])), key=lambda n: -len(ids[n]))
@@ -711,7 +715,7 @@ def fit(embedder, config, *, out, tokens, q, on_step):
 
 
 def finish(out, embedder, config, *, before, began, loss=None, **facts):
-    """Write the checkpoint; show the tokens that texts light up, and lit up before (the causal backbone)."""
+    """Write the checkpoint; show the tokens that texts light up, and lit up before (by the backbone)."""
     after = embedder.top_tokens(EXAMPLES, 8)
     facts |= {"loss": loss, "config": asdict(config), "scale": embedder.scale,
               "max_length": embedder.max_length, "backbone": origin(config.backbone),

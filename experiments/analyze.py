@@ -28,7 +28,7 @@ from sklearn.preprocessing import normalize
 import t2t
 from plumbing.cache import write_json
 from plumbing.cli import Error
-from plumbing.corpus import tokenize_corpus
+from plumbing.corpus import set_prompt, tokenize_corpus
 
 SAMPLE = 1000
 
@@ -197,6 +197,7 @@ def analyze(ckpt, texts=(), corpus=None):
         raise Error(f"expected a t2t.json of this version in {ckpt}, got another ({e})") from None
     after = t2t.Embedder.load(ckpt)
     model, tok = t2t.load_backbone(config.backbone, "causal")
+    set_prompt(tok, config.prompt)
     before = t2t.Embedder(model, tok, config.pooling, after.max_length, after.scale)
     model = t2t.load_backbone(config.init or config.backbone, config.attention)[0]
     start = t2t.Embedder(model, tok, config.pooling, after.max_length, after.scale)

@@ -31,7 +31,8 @@ def settle(config):
                         "--impl torch")
         impl = "torch"
     prompt = "{}" if config.method == "mntp" else config.prompt        # it predicts the tokens of texts
-    return replace(config, device=device, dtype=dtype, prompt=prompt, impl=choose(impl, device) if targets else "torch",
+    return replace(config, device=device, dtype=dtype, prompt=prompt,
+                   impl=choose(impl, device) if targets else "torch",
                    lr=DEFAULT_LR[config.method] if config.lr is None else config.lr)
 
 

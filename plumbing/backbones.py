@@ -273,8 +273,8 @@ def usable_length(model, tok, name, config):
     extra = sum(map(len, around(tok)))
     most = positions(model) - extra
     if config.max_length > most:
-        raise Error(f"--max-length: expected at most {most}, the positions of {name} without the {extra} of "
-                    f"--prompt, got {config.max_length}")
+        raise Error(f"--max-length: expected at most {most}, since {name} has {positions(model)} positions "
+                    f"and the question takes {extra}, got {config.max_length}")
     return min(max(config.max_length, 256), most) + extra
 
 

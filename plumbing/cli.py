@@ -99,8 +99,8 @@ def checked(config):
     except UnicodeEncodeError:                                        # as a locale that is not UTF-8 gives it
         raise Error(f"--prompt: expected text in UTF-8, got {config.prompt!r}: set PYTHONUTF8=1") from None
     if config.prompt.count("{}") != 1:
-        raise Error(f"--prompt: expected {{}} once, in place of the text, got {config.prompt!r}: pass {{}} alone "
-                    "for no question")
+        raise Error(f"--prompt: expected {{}} once, where the text stands, got {config.prompt!r}: pass "
+                    "--prompt {} for no question")
     if config.method == "simcse" and config.batch_size < 2:
         raise Error(f"--batch-size: expected 2 or more, texts to tell apart, got {config.batch_size}")
     if config.resume and config.overwrite:

@@ -212,10 +212,11 @@ def save(out, embedder, config, facts):
         here = Path()
         embedder.model.cpu().float().save_pretrained(here)
         embedder.tok.save_pretrained(here)
-        settings = json.loads(Path("tokenizer_config.json").read_text("utf-8"))
-        if embedder.before + embedder.after:      # classes of single models would put their own <s> around texts
+        if config.prompt != "{}":               # classes of single models would put back their own template
+            settings = json.loads(Path("tokenizer_config.json").read_text("utf-8"))
             settings = {k: v for k, v in settings.items() if k not in ("add_bos_token", "add_eos_token")}
-            write_json(here / "tokenizer_config.json", settings | {"tokenizer_class": "PreTrainedTokenizerFast"})
+            write_json(here / "tokenizer_config.json",
+                       settings | {"tokenizer_class": "PreTrainedTokenizerFast"})
         shared = [f for f in here.iterdir() if f.is_file()]       # weights, config and tokenizer
         save_dense(here, embedder)
         save_sparse(here / "sparse", shared, embedder)

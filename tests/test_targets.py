@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 import t2t
 from plumbing.cli import Error
-from plumbing.corpus import Tokens, tokenize_corpus
+from plumbing.corpus import Tokens, around, question, set_prompt, tokenize_corpus
 from t2t import (
     Config, build_targets, data_targets, document_frequency, find_words, method_targets, read_vocabulary)
 
@@ -209,8 +209,8 @@ def test_model_targets_are_special_to_the_text(tok, texts_file, backbone, method
     own = q.indices[q.indices >= 0]
     assert (words.canonical_id[own] == own).all()                           # canonical words only
     if method == "model":                                            # against the definition, for one text
-        before, after = t2t.ONE_WORD.split("{}")
-        ids = lambda n: torch.tensor([tok(before)["input_ids"] + [i for i in tokens[n].tolist() if i != 1]
+        before, after = Config.prompt.split("{}")
+        ids = lambda n: torch.tensor([tok(before)["input_ids"] + tokens[n].tolist()
                                       + tok(after, add_special_tokens=False)["input_ids"]])
         log_p = lambda n: torch.log_softmax(model(input_ids=ids(n)).logits[0, -1], -1)
         with torch.no_grad():
@@ -226,12 +226,18 @@ def test_model_targets_are_special_to_the_text(tok, texts_file, backbone, method
 def test_an_end_of_text_stays_out_of_the_question(tok, backbone):
     """A tokenizer that also ends a text with a special token: it would stand between question and text."""
     from tokenizers import processors
-    model, ending = t2t.load_backbone(str(backbone), "causal")[0], copy.deepcopy(tok)
+    ending = copy.deepcopy(tok)
     ending.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
     assert ending("dog")["input_ids"] == [*tok("dog")["input_ids"], 2]
-    ids = [np.array(tok("The dog eats.")["input_ids"])]
-    assert_close(t2t.predict(ids, model, ending), t2t.predict(ids, model, tok), rtol=0, atol=0)
+    assert around(ending) == ([1], [2]) and around(tok) == ([1], [])
+    before, after = question(ending, Config.prompt)
+    assert (before, after) == question(tok, Config.prompt) and before[0] == 1 and after[-1] != 2
+    set_prompt(ending, Config.prompt)                                    # read as any other library reads it
+    text, cut = ending(["The dog eats.", "dog " * 99], max_length=80, truncation=True)["input_ids"]
+    assert text == before + tok("The dog eats.", add_special_tokens=False)["input_ids"] + after
+    assert len(cut) == 80 and cut[-len(after):] == after                 # the text is cut, not the question
+    assert around(ending) == question(ending, Config.prompt) == (before, after)
 
 
 @pytest.mark.parametrize("K", [1, 2, 3])

@@ -389,9 +389,10 @@ def test_init_with_fewer_positions(backbone, tok, texts_file, tmp_path):
     family("llama", len(tok), max_position_embeddings=40).save_pretrained(tmp_path / "short")
     tok.save_pretrained(tmp_path / "short")
     settings = dict(steps=1, init=str(tmp_path / "short"))
-    with pytest.raises(Error, match="--max-length: expected at most 40, the positions of .*short, got 64"):
+    with pytest.raises(Error, match="expected at most 8, since .*short has 40 positions and the question "
+                                    "takes 32, got 64"):
         train(config(backbone, texts_file, tmp_path / "a", **settings))
-    out = train(config(backbone, texts_file, tmp_path / "b", **settings, max_length=32))
+    out = train(config(backbone, texts_file, tmp_path / "b", **settings, max_length=8))
     assert Embedder.load(out).max_length == 40
 
 
@@ -399,7 +400,7 @@ def test_a_model_too_short_for_the_question(tok, texts_file, tmp_path):
     family("llama", len(tok), max_position_embeddings=16).save_pretrained(tmp_path / "m")
     tok.save_pretrained(tmp_path / "m")
     with pytest.raises(Error, match="16 positions: pass --method data"):
-        train(config(tmp_path / "m", texts_file, tmp_path / "a", method="both", max_length=16))
+        train(config(tmp_path / "m", texts_file, tmp_path / "a", method="both", prompt="{}", max_length=8))
 
 
 def test_maps_that_take_no_adapters(backbone, texts_file, tmp_path, monkeypatch):
@@ -488,7 +489,7 @@ def test_one_file_of_weights(checkpoint, backbone):
     from transformers import AutoModelForCausalLM, AutoTokenizer
     model, info = AutoModelForCausalLM.from_pretrained(checkpoint, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and model.dtype == torch.float32
-    assert model.config.is_causal is False
+    assert model.config.is_causal
     assert AutoTokenizer.from_pretrained(checkpoint).padding_side == "right"
     assert os.path.samefile(checkpoint / "model.safetensors", checkpoint / "sparse" / "model.safetensors")
     own = weights(backbone)["model.embed_tokens.weight"]
@@ -535,7 +536,7 @@ def test_what_is_written_down(checkpoint):
 
 
 def test_the_command_makes_the_same_config(monkeypatch):
-    settings = Config(grad_checkpointing=True, prompt="-q: ", lr=0.01, init="a b", overwrite=True)
+    settings = Config(grad_checkpointing=True, prompt="-{} in 'one' word:", lr=0.01, init="a b", overwrite=True)
     monkeypatch.setattr(cli_module.signal, "signal", lambda *_: None)
     monkeypatch.setattr(sys, "argv", shlex.split(cli_module.command_line(settings))[1:])
     assert cli_module.parse(Config, "") == dataclasses.replace(settings, overwrite=False)
@@ -568,17 +569,31 @@ def test_publishing_reads_the_folder(checkpoint, tmp_path):
                  torch.tensor(st.encode(texts)), rtol=0, atol=0)
 
 
-def test_prompt_stands_before_queries_alone(backbone, texts_file, tmp_path):
-    from mteb.models import SentenceTransformerEncoderWrapper
+@pytest.mark.parametrize("kind", ["PreTrainedTokenizerFast", "GPTNeoXTokenizer"])
+def test_the_prompt_is_in_the_checkpoint(backbone, texts_file, tmp_path, kind):
+    """Whoever reads it asks the question, also where the class of the tokenizer sets a template of its own."""
     from sentence_transformers import SentenceTransformer, SparseEncoder
-    out = train(config(backbone, texts_file, tmp_path / "a", steps=1, prompt="the wolf: "))
-    for model in (SentenceTransformer(out, device="cpu"), SparseEncoder(out + "/sparse", device="cpu")):
-        one, two, plain = (np.asarray(v.to_dense() if hasattr(v, "to_dense") else v) for v in (
-            model.encode_query("a goat"), model.encode("the wolf: a goat"), model.encode_document("a goat")))
-        np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-6)
-        assert np.abs(one - plain).max() > 1e-3
-    used = SentenceTransformerEncoderWrapper(SentenceTransformer(out, device="cpu")).model_prompts
-    assert used == {"query": "the wolf: ", "document": ""}           # by which eval.py encodes queries
+    shutil.copytree(backbone, tmp_path / "m")
+    settings = json.loads((tmp_path / "m" / "tokenizer_config.json").read_text())
+    (tmp_path / "m" / "tokenizer_config.json").write_text(json.dumps(
+        settings | {"tokenizer_class": kind, "add_bos_token": True, "unk_token": "</s>"}))
+    prompts = "the wolf sees {} in the river.", "{}"
+    out, plain = (train(config(tmp_path / "m", texts_file, tmp_path / str(n), steps=1, prompt=prompt))
+                  for n, prompt in enumerate(prompts))
+    shutil.copytree(out, tmp_path / "moved")                         # also with another folder's weights
+    shutil.copy(Path(plain, "model.safetensors"), tmp_path / "moved")
+    e, bare = Embedder.load(tmp_path / "moved"), Embedder.load(plain)
+    first = len(bare.before)                                         # <s>: this class does not put it there
+    assert bare.before == e.before[:first] == [1] * (kind == "PreTrainedTokenizerFast") and not bare.after
+    texts = ["a goat", "", "The lion hears the mouse. " * 99]
+    by_hand = F.normalize(bare.pooled([
+        [*e.before[first:], *row, *e.after] for row in e.token_ids(texts)]), dim=1)
+    assert e.tok.decode([*e.before[first:], *e.after]).split() == "the wolf sees in the river.".split()
+    assert_close(torch.from_numpy(e.encode(texts)), by_hand, rtol=1e-5, atol=1e-6)
+    dense, sparse = (kind(str(tmp_path / "moved" / part), device="cpu")
+                     for kind, part in ((SentenceTransformer, ""), (SparseEncoder, "sparse")))
+    assert_close(torch.from_numpy(dense.encode(texts)), by_hand, rtol=1e-5, atol=1e-6)
+    assert sparse.tokenizer("a goat")["input_ids"] == [*e.before, *e.token_ids(["a goat"])[0], *e.after]
 
 
 # -------------------------------------------------------------------------------------------------- bad input
@@ -590,7 +605,8 @@ def test_prompt_stands_before_queries_alone(backbone, texts_file, tmp_path):
     (["--method", "none", "--init", "ckpt"], "--init: expected a method that uses it"),
     (["--method", "simcse", "--top-k", "8"], "--top-k: expected a method that uses it (data, model, both)"),
     (["--resume", "--overwrite"], "expected either --resume (go on) or --overwrite (start again), got both"),
-    (["--temperature", "0"], "--temperature: expected"), (["--stesp", "3"], "unrecognized arguments"),
+    (["--temperature", "0"], "--temperature: expected"), (["--prompt", "Say it:"], "expected {} once, where"),
+    (["--method", "mntp", "--prompt", "Say {}:"], "--prompt: expected a method that uses it"), (["--stesp", "3"], "unrecognized arguments"),
     (["--method", "simcse", "--batch-size", "1"], "--batch-size: expected 2 or more"),
     (["--method", "mntp", "--show-targets", "3"], "--show-targets: expected a method that uses it"),
     (["--impl", "fast"], "invalid choice")])
@@ -640,7 +656,7 @@ def test_bad_input_ends_in_one_line(backbone, texts_file, tmp_path, capsys):
     for name in "out", "init", "corpus", "backbone":                 # as of a variable that is not set
         with pytest.raises(Error, match=f"--{name}: expected a value, got an empty one"):
             train(Config(**{**good, name: ""}))
-    assert "expected at most 256, the positions of" in fails(capsys, **good, max_length=257)
+    assert "expected at most 224, since" in fails(capsys, **good, max_length=257)
     assert "expected a checkpoint made from" in fails(capsys, **good, init=str(other_vocabulary(tmp_path)))
     assert not (tmp_path / "out" / "t2t.json").exists()
     if os.getuid():                                                  # root may write anywhere
