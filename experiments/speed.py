@@ -3,7 +3,7 @@ trainer with its SimCSE-style loss.
 
     python experiments/speed.py [--rounds 3] [--steps 4] [--backbone smollm2] [--publish]
 
-Same backbone (bidirectional, mean pooling, LoRA 16), texts (docstrings), batch (64), length (64), precision.
+Same backbone (LoRA 16), question, texts (docstrings), batch (64), length (64 and the question), precision.
 They take turns; the first step of each turn is left out. Writes runs/speed.json, or results/ with --publish.
 """
 import argparse
@@ -54,7 +54,7 @@ class Ticks(TrainerCallback):
 def peer(folder, start, texts, steps, bfloat16):
     """sentence-transformers: a text is its own positive, under two dropouts of attention (0.3, as here)"""
     model, ticks = SentenceTransformer(start, device="cpu"), Ticks()
-    model.max_seq_length = t2t.Config.max_length
+    model.max_seq_length = t2t.Config.max_length + sum(map(len, corpus.around(model.tokenizer)))
     set_attention_dropout(model, 0.3)
     model.add_adapter(peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
     some = [texts[n] for n in t2t.epoch_permutation(42, 0, len(texts))[:B * steps]]

@@ -293,7 +293,8 @@ def question(tok, prompt):
 
 def set_prompt(tok, prompt):
     """Make the prompt the tokenizer's template: it stands around every text, whoever reads the checkpoint."""
-    if prompt == "{}":
+    before, after = around(tok)
+    if prompt == "{}" and {*before, *after} <= {*tok.all_special_ids}:           # no prompt is there already
         return
     if not getattr(tok, "backend_tokenizer", None):
         raise Error(f"--prompt: expected a tokenizer that takes a template, got {type(tok).__name__}: pass "

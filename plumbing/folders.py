@@ -333,7 +333,7 @@ def ours(config):
             **dict.fromkeys(("form of the loss", "measured scale in front of the head"), data or model),
             "LoRA": config.method != "none" and config.lora_rank > 0,
             **dict.fromkeys(("frozen embedding", "every hyper-parameter"), config.method != "none"),
-            "attention and pooling": True, "sparse vectors": True}
+            "the question": config.prompt != "{}", "attention and pooling": True, "sparse vectors": True}
     return [name for name, yes in used.items() if yes]
 
 

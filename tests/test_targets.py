@@ -238,6 +238,8 @@ def test_an_end_of_text_stays_out_of_the_question(tok, backbone):
     assert text == before + tok("The dog eats.", add_special_tokens=False)["input_ids"] + after
     assert len(cut) == 80 and cut[-len(after):] == after                 # the text is cut, not the question
     assert around(ending) == question(ending, Config.prompt) == (before, after)
+    set_prompt(ending, "{}")                                             # of a checkpoint: out again
+    assert around(ending) == ([1], [])
 
 
 @pytest.mark.parametrize("K", [1, 2, 3])
