@@ -4,11 +4,11 @@
     python t2t.py --backbone Qwen/Qwen3-0.6B --corpus my.jsonl  # your model, your texts, no labels
 
 Ask a language model what a text means in one word. The state of the last token, from which it would answer,
-is one vector h for the text, and the head turns h into the tokens of the answer. The pretrained model gives
-probability to `A`, `The` and half words, too; an embedder should light up (give probability to) the tokens
-that the text is about. Text2Token makes it so:
+is one vector h for the text, and the head turns h into tokens. Before training, it gives probability to words
+of the text, but also to `A`, `The` and half words; an embedder should light up (give probability to) the
+tokens that the text is about. Text2Token makes it so:
 
-    x = f(This text: "..." means in one word: ")       f: the backbone without its head, x_t: a state a token
+    x = f(This text: "..." means in one word: ")      f: the backbone without its head; x_t: state of token t
     h = x_T                                 the last state: one vector for the text
     z = H(s h)                              H: the backbone's own head, frozen; s is measured once
     L = mean_b KL(q_b || softmax(z_b))      q_b: words of text b, and words that the pretrained model answers
@@ -47,9 +47,8 @@ class Config:
                           "hub:NAME[:COLUMN[:CONFIGURATION[:SPLIT]]]", TRAINED)
     out: str = setting("ckpt", "folder for the finished checkpoint")
     init: str | None = setting(None, "start from this checkpoint's weights (a second stage)", TRAINED)
-    # in the manner of PromptEOL (arXiv 2307.16645)
-    prompt: str = setting('This text: "{}" means in one word: "', "what the model reads, {} being the text; "
-                          "'{}' alone: no question", [m for m in ALL if m != "mntp"])
+    prompt: str = setting('This text: "{}" means in one word: "', "as PromptEOL (arXiv 2307.16645), {} being "
+                          "the text; {} alone: only targets ask", [m for m in ALL if m != "mntp"])
     pooling: str = setting("last", "how the states become one vector", choices=["last", "mean"])
     attention: str = setting("causal", "what a token may look at", choices=["causal", "bidirectional"])
     top_k: int = setting(64, "K, target tokens per text", WITH_TARGETS, least=1)
@@ -110,8 +109,8 @@ from plumbing.losses import linear_vocab_kl, scatter_targets  # noqa: F401 (re-e
 
 # --------------------------------------------------------------------------------------------------- 1. words
 # tokenize_corpus writes the ids of all texts to disk, one text after the other: tokens.ids. Text n, (T,), is
-# tokens[n]; it begins at tokens.start[n] and has tokens.lengths[n]. The question is not among them: it is put
-# around a text, ids `before` and `after` it, where the model reads. Which tokens are words?
+# tokens[n]; it begins at tokens.start[n] and has tokens.lengths[n]. The question is not among them: its ids,
+# `before` and `after` a text, are added when the model reads (ask). Which tokens are words?
 
 # OURS: words that carry grammar, not content. Everything subtler is left to idf, which knows the corpus.
 STOP = frozenset("""
@@ -251,6 +250,11 @@ def pool(x, mask, pooling):
     return x[torch.arange(len(x), device=x.device), last].float()
 
 
+def ask(ids, before, after):
+    """list of n id arrays -> list of n id lists: the question around each text."""
+    return [[*before, *row, *after] for row in ids]
+
+
 def pad(ids, pad_id, device="cpu"):
     """list of B id arrays -> ids (B,T), mask (B,T), padded on the right."""
     mask = torch.zeros(len(ids), max(1, *map(len, ids)), dtype=torch.long)
@@ -298,8 +302,8 @@ def data_targets(ids, words, idf, K, *, temperature):
 @torch.no_grad()
 def predict(ids, model, tok, *, before, after):
     """list of n id arrays -> log p (n,V): what the frozen causal backbone says when asked for one word."""
-    H, room = head(model), positions(model) - len(before + after)      # a text is cut, the question is not
-    rows, out = [[*before, *row[:room], *after] for row in ids], torch.empty(len(ids), len(H.weight))
+    rows, H = ask(ids, before, after), head(model)
+    out = torch.empty(len(rows), len(H.weight))
     for part in blocks(sorted(range(len(rows)), key=lambda n: len(rows[n])), 32):          # of like lengths
         padded, mask = pad([rows[n] for n in part], tok.pad_token_id, model.device)
         h = pool(hidden_states(model, padded, mask), mask, "last")                                   # (b,C)
@@ -339,9 +343,9 @@ def method_targets(config, tokens, words, *, model, tok):
         idf = np.log(len(tokens) / np.maximum(1, document_frequency(tokens, words)))
     if config.method in ("model", "both"):
         before, after = question(tok, config.prompt if config.prompt != "{}" else Config.prompt)
-        if positions(model) <= len(before + after):
-            raise Error("--method: expected a model that reads more tokens than the question for one word "
-                        f"has, got {positions(model)} positions: pass --method data")
+        if (need := config.max_length + len(before + after)) > positions(model):
+            raise Error(f"--method {config.method}: expected a model of {need} positions, for a text in its "
+                        f"question, got {positions(model)}: lower --max-length, or pass --method data")
         says = functools.partial(predict, model=model, tok=tok, before=before, after=after)
         sample = [tokens[n] for n in epoch_permutation(config.seed, 0, len(tokens))[:SAMPLE]]
         parts = blocks(tqdm(sample, "mean of log p"), 64)
@@ -402,12 +406,12 @@ def build_targets(config, tokens, words, *, model, tok, own=None):
     def load(folder):
         return [np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("indices", "probs")]
     # the source text of what makes targets: an edit makes them anew
-    made_by = source_hash(sorted(STOP), str(SAMPLE), is_unspaced, is_letter, read_vocabulary,
+    made_by = source_hash(sorted(STOP), Config.prompt, str(SAMPLE), is_unspaced, is_letter, read_vocabulary,
                           find_words, document_frequency, epoch_permutation, Head, head, pad,
                           hidden_states, pool, blocks, positions, coalesce, data_targets,
-                          question, predict, model_targets, method_targets, build_targets)
-    model_facts = config.method != "data" and (str(model.dtype), identity_of(config.backbone), config.prompt,
-                                               config.seed, folders.versions())
+                          question, ask, predict, model_targets, method_targets, build_targets)
+    model_facts = config.method != "data" and (str(model.dtype), identity_of(config.backbone), config.seed,
+                                               folders.versions())
     name = made_by, tokens.folder.name, config.method, K, config.temperature, texts.tolist(), model_facts
     # own targets are not kept: nothing tells what a function computes
     indices, probs = make() if own else cached("targets", hash_of(*name), write, load)
@@ -485,7 +489,7 @@ def measure_scale(h, H, indices, probs):
     """h (N,C) before training, Head, targets (N,K) -> s, with which the loss is least.
 
     OURS: s is an inverse temperature of the softmax. States and head rows differ in length from model to
-    model, so s is measured (SmolLM2: 0.8)."""
+    model, so s is measured (SmolLM2: 0.32)."""
     losses = [vocab_kl(H(s * h), indices, probs, impl="torch", check=False).item() for s in SCALES]
     return SCALES[int(np.argmin(losses))]
 
@@ -496,15 +500,14 @@ class Embedder:
     subtracted for sparse vectors."""
     SPARSE_K = 256             # OURS: tokens of a sparse vector; with 64, SciFact is 5 points lower
 
-    def __init__(self, model, tok, pooling="mean", max_length=256, scale=1.0, mean=None):
+    def __init__(self, model, tok, pooling, max_length=256, scale=1.0, mean=None):
         self.model, self.tok, self.pooling, self.max_length = model, tok, pooling, max_length
         self.scale, self.mean = scale, mean
-        self.before, self.after = around(tok)              # the question is the template of the tokenizer
+        self.before, self.after = around(tok)              # the question: the tokenizer's template
 
     @classmethod
     def load(cls, folder, device="cpu"):
-        """A checkpoint of `train`, a folder or a hub id; another model as it is: causal, mean of the states,
-        no question, 512 tokens."""
+        """A checkpoint of `train`, a folder or a hub id; others as they are: causal, mean, 512 tokens."""
         folder = fetched(folder)
         facts = folders.read_facts(folder)
         used = facts.get("config", {})
@@ -514,7 +517,7 @@ class Embedder:
                    folders.read_mean(folder, head(model).weight.shape[1]))
 
     def encode(self, texts, batch_size=64):
-        """list of N str -> (N,C) float32, rows of length 1. A text without a token gives zeros."""
+        """list of N str -> (N,C) float32, rows of length 1. (Zeros: no token, and no question.)"""
         return F.normalize(self.pooled(self.token_ids(texts), batch_size), dim=1).numpy()
 
     def token_ids(self, texts):
@@ -524,9 +527,9 @@ class Embedder:
 
     @torch.no_grad()
     def pooled(self, ids, batch_size=64):
-        """list of N id lists, without what stands around every text -> h (N,C) float32."""
+        """list of N id lists, of the texts alone: the question is added here -> h (N,C) float32."""
         h = torch.zeros(len(ids), head(self.model).weight.shape[1])
-        ids = [[*self.before, *row, *self.after] for row in ids]
+        ids = ask(ids, self.before, self.after)
         order = sorted((n for n in range(len(ids)) if len(ids[n])), key=lambda n: -len(ids[n]))
         for rows in blocks(order, batch_size):                         # of like lengths: less padding
             padded, mask = pad([ids[n] for n in rows], self.tok.pad_token_id, self.model.device)
@@ -626,6 +629,7 @@ def fit(embedder, config, *, out, tokens, q, on_step):
     model, tok, device = embedder.model, embedder.tok, config.device
     before, after = embedder.before, embedder.after
     H, B, lengths = head(model), min(config.batch_size, len(tokens)), tokens.lengths + len(before + after)
+    T, budget = int(lengths.max()), config.micro_batch * (config.max_length + len(before + after))    # tokens
     params = [p for p in model.parameters() if p.requires_grad]
     is_simcse = config.method == "simcse"
     # the loss of a predictor that does not see the text: simcse: a guess among B; mntp: token frequencies
@@ -655,7 +659,7 @@ def fit(embedder, config, *, out, tokens, q, on_step):
     print(f"{sum(p.numel() for p in params):,} weights learn, rate {config.lr:g}, {config.attention}, "
           f"s = {embedder.scale:g}; {len(tokens):,} texts, {config.steps} steps of {B}; {config.dtype} on "
           f"{device}, loss by {config.impl}", flush=True)
-    print(memory.of_step(forward, H, model, optimizer=optimizer, T=int(lengths.max()), config=config),
+    print(memory.of_step(forward, H, model, optimizer=optimizer, T=T, at_once=budget // T, config=config),
           flush=True)
 
     log = folders.open_log(out, "a" if resumed else "w")
@@ -667,9 +671,8 @@ def fit(embedder, config, *, out, tokens, q, on_step):
             # simcse tells the texts of a batch apart: it gets mixed lengths, or it could learn length alone
             texts = bucketed_batch(run["step"], config.seed, lengths, B, bucket=1 if is_simcse else BUCKET)
             texts = processes.mine(texts)               # (b,) by torchrun: the share of this process
-            at_once = memory.texts_at_once(lengths[texts].max(), config)
-            batch = [pad([[*before, *tokens[n], *after] for n in part], tok.pad_token_id, device)
-                     for part in blocks(texts, at_once)]                # list of ids, mask (b,T)
+            batch = [pad(ask([tokens[n] for n in part], before, after), tok.pad_token_id, device)
+                     for part in blocks(texts, budget // lengths[texts].max())]   # list of ids, mask (b,T)
             if is_simcse:
                 losses = simcse(batch, forward, model)
             elif config.method == "mntp":
@@ -714,15 +717,15 @@ def fit(embedder, config, *, out, tokens, q, on_step):
             "train_seconds": round(run["seconds"], 1), "earlier_seconds": earlier, "corpus_hash": tokens.hash}
 
 
-def finish(out, embedder, config, *, before, began, loss=None, **facts):
-    """Write the checkpoint; show the tokens that texts light up, and lit up before (by the backbone)."""
-    after = embedder.top_tokens(EXAMPLES, 8)
+def finish(out, embedder, config, *, lit_before, began, loss=None, **facts):
+    """Write the checkpoint; show the tokens that texts light up, and lit up before training."""
+    lit = embedder.top_tokens(EXAMPLES, 8)
     facts |= {"loss": loss, "config": asdict(config), "scale": embedder.scale,
               "max_length": embedder.max_length, "backbone": origin(config.backbone),
               "seconds": round(time.time() - began, 1), "threads": torch.get_num_threads()}
     folders.save(out, embedder, config, facts)
     line = lambda row: "  ".join(token for token, _ in row)
-    for text, old, new in zip(EXAMPLES, before, after):
+    for text, old, new in zip(EXAMPLES, lit_before, lit):
         print(f"{text}\n    before   {line(old)}\n    after    {line(new)}")
     if loss is not None:
         print(f"\ntraining: loss {loss:.3f} nats (best prediction that ignores the text: "
@@ -756,9 +759,9 @@ def train(config, targets=None, on_step=None):
             return show_targets(config, tokens, words, model=model, tok=tok, own=own)
         q = (build_targets(config, tokens, words, model=model, tok=tok, own=own)
              if config.method in WITH_TARGETS else None)
-    before = Embedder(model, tok, config.pooling, length_in_use).top_tokens(EXAMPLES, 8)
+    lit_before = Embedder(model, tok, config.pooling, length_in_use).top_tokens(EXAMPLES, 8)
 
-    # ---- the embedder: loaded again, with --attention; weights that learn are float32
+    # ---- the embedder: loaded again (--init, --attention); weights that learn are float32
     start, option = config.init or config.backbone, "--init" if config.init else "--backbone"
     lora = trains and config.lora_rank > 0
     del model                                                          # never two in memory
@@ -788,7 +791,7 @@ def train(config, targets=None, on_step=None):
             raise RuntimeError(f"adapters that do not fit the backbone loaded again: {unknown[0]}")
         embedder.model = adapted.merge_and_unload()
     began -= facts.pop("earlier_seconds", 0)                           # the time of interrupted runs counts
-    finish(out, embedder, config, before=before, began=began, command=command_line(asked),
+    finish(out, embedder, config, lit_before=lit_before, began=began, command=command_line(asked),
            custom_targets=targets is not None, **facts)
     return processes.finished(config.out)
 

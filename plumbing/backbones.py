@@ -268,10 +268,13 @@ def positions(model):
 
 
 def usable_length(model, tok, name, config):
-    """How many tokens are read in use, prompt and all. OURS: 256 of a text, even where training saw less, if
-    the model can."""
+    """How many tokens are read in use, with the question. OURS: 256 of a text, even where training saw less,
+    if the model can."""
     extra = sum(map(len, around(tok)))
     most = positions(model) - extra
+    if most < 1:
+        raise Error(f"--prompt: expected a question that fits, but it takes {extra} tokens, and {name} has "
+                    f"{positions(model)} positions")
     if config.max_length > most:
         raise Error(f"--max-length: expected at most {most}, since {name} has {positions(model)} positions "
                     f"and the question takes {extra}, got {config.max_length}")

@@ -1,5 +1,5 @@
 """The baselines: what the loop of t2t.py minimises in place of its own loss. mntp, then simcse, is LLM2Vec's
-unsupervised recipe (arXiv 2404.05961).
+unsupervised recipe (arXiv 2404.05961): --attention bidirectional --pooling mean, simcse with --prompt {}.
 
 Generators of losses, as t2t.target_loss is. batch: list of (ids, mask) (b,T), the texts of this process;
 forward(ids, mask) -> x (b,T,C), h (b,C).

@@ -265,8 +265,7 @@ class Tokens(NamedTuple):
 
 
 def tokenize(tok, texts, max_length):
-    """list of str -> list of id lists, truncated, without what stands around every text (around). Only here
-    text becomes ids, in training and in use."""
+    """list of str -> list of id lists, truncated, without the question or <s>, which `around` gives."""
     if not texts:
         return []
     texts = [mended(text) for text in texts]
@@ -275,7 +274,7 @@ def tokenize(tok, texts, max_length):
 
 
 def around(tok):
-    """-> before, after: the ids that the tokenizer puts around every text, such as <s>, or the prompt."""
+    """-> before, after: the ids that the tokenizer puts around every text: the question, or only <s>."""
     made = tok("a", return_special_tokens_mask=True)
     ids, extra = made["input_ids"], made["special_tokens_mask"]
     if 0 not in extra:                                     # not even "a" is in the vocabulary
@@ -285,16 +284,17 @@ def around(tok):
 
 
 def question(tok, prompt):
-    """-> before, after: the ids around a text in this prompt, behind what the tokenizer begins with (<s>)."""
+    """-> before, after: the ids of a question around a text, behind the tokenizer's <s>, if it has one. Its
+    </s> is left out: the model is to answer."""
     special, parts = set(tok.all_special_ids), prompt.split("{}")
     before, after = (tok(part, add_special_tokens=False)["input_ids"] for part in parts)
     return [i for i in around(tok)[0] if i in special] + before, after
 
 
 def set_prompt(tok, prompt):
-    """Make the prompt the tokenizer's template: it stands around every text, whoever reads the checkpoint."""
+    """Make the question the tokenizer's template, so every library that reads the checkpoint asks it."""
     before, after = around(tok)
-    if prompt == "{}" and {*before, *after} <= {*tok.all_special_ids}:           # no prompt is there already
+    if prompt == "{}" and {*before, *after} <= {*tok.all_special_ids}:           # nothing to remove
         return
     if not getattr(tok, "backend_tokenizer", None):
         raise Error(f"--prompt: expected a tokenizer that takes a template, got {type(tok).__name__}: pass "
@@ -308,10 +308,9 @@ def set_prompt(tok, prompt):
 
 def tokenizer_hash(tok):
     """A hash of all that decides the ids of a text. Truncation and padding are dropped: they are those of the
-    tokenizer's last call; so is what stands around every text."""
+    tokenizer's last call."""
     backend = getattr(tok, "backend_tokenizer", None)
-    how = (json.loads(backend.to_str()) | dict.fromkeys(("truncation", "padding", "post_processor"))
-           if backend else
+    how = (json.loads(backend.to_str()) | {"truncation": None, "padding": None} if backend else
            [type(tok).__name__, sorted(tok.get_vocab().items()), str(tok.special_tokens_map)])
     return hash_of(how, tok.all_special_ids, len(tok), getattr(tok, "split_special_tokens", False))
 

@@ -38,16 +38,11 @@ class Peak(TorchDispatchMode):
         self.now -= size
 
 
-def texts_at_once(T, config):
-    """How many texts of T tokens a micro-batch holds: more of short ones."""
-    return config.micro_batch * config.max_length // max(1, int(T))
-
-
-def of_step(forward, H, model, *, optimizer, T, config):
+def of_step(forward, H, model, *, optimizer, T, at_once, config):
     """One line: what a step takes in addition to what is in memory, what is free; if that is less, which flag
     to lower. Activations and logits are measured, of one text and of two of T tokens, the longest of the
-    corpus; gradients and AdamW's moments are counted. forward: as in t2t.fit; H: its Head, which mntp uses at
-    a fifth of the positions."""
+    corpus, at_once of which are a micro-batch; gradients and AdamW's moments are counted. forward: as in
+    t2t.fit; H: its Head, which mntp uses at a fifth of the positions."""
     params = [p for p in model.parameters() if p.requires_grad]
     for p in params:                                   # as in every micro-batch but the first
         p.grad = torch.zeros_like(p)
@@ -58,7 +53,7 @@ def of_step(forward, H, model, *, optimizer, T, config):
             x, h = forward(rows, torch.ones_like(rows))
             H(x[:, ::5] if config.method == "mntp" else h).float().logsumexp(-1).sum().backward()
         return seen.most
-    own, at_once = max(1, config.batch_size // WORLD), texts_at_once(T, config)
+    own = max(1, config.batch_size // WORLD)
     readings = 2 if config.method == "simcse" and own <= at_once else 1          # held at once
     texts, one = readings * min(own, at_once), peak(1)
     activations = one + (peak(2) - one) * (texts - 1) if texts > 1 else one      # no more than the step takes

@@ -82,7 +82,7 @@ def test_what_a_step_takes(backbone, monkeypatch):
         return x, t2t.pool(x, mask, "mean")
     asked, optimizer = [], torch.optim.AdamW(model.parameters())
     ask = lambda config: memory.of_step(forward, t2t.head(model), model, optimizer=optimizer, T=40,
-                                        config=config)
+                                        at_once=config.micro_batch, config=config)
     monkeypatch.setattr(memory, "compared", lambda need, there, config: asked.append(need))
     for n in (2, 4, 8):
         ask(t2t.Config(micro_batch=n, max_length=40, device="cpu"))

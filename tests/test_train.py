@@ -102,10 +102,10 @@ def test_it_learns_and_the_vocabulary_is_frozen(backbone, learned):
     assert set(lines[0]) == {"step", "loss", "constant_loss", "lr", "grad_norm", "seconds"}
 
 
-def test_micro_batches_give_the_same_gradient(backbone, texts_file, tmp_path):
-    kinds = [dict(), dict(micro_batch=16), dict(micro_batch=1)]      # of 64 tokens: 3 texts of 20 at a time
-    runs = [train(config(backbone, texts_file, tmp_path / str(i), steps=1, **k))
-            for i, k in enumerate(kinds)]
+@pytest.mark.parametrize("length", [8, 64])                         # longer and shorter texts than this
+def test_micro_batches_give_the_same_gradient(backbone, texts_file, tmp_path, length):
+    runs = [train(config(backbone, texts_file, tmp_path / str(n), steps=1, micro_batch=n, max_length=length))
+            for n in (8, 16, 1)]
     norms = [log(r)[0]["grad_norm"] for r in runs]
     losses = [log(r)[0]["loss"] for r in runs]
     np.testing.assert_allclose(norms, norms[0], rtol=1e-5)
@@ -399,8 +399,11 @@ def test_init_with_fewer_positions(backbone, tok, texts_file, tmp_path):
 def test_a_model_too_short_for_the_question(tok, texts_file, tmp_path):
     family("llama", len(tok), max_position_embeddings=16).save_pretrained(tmp_path / "m")
     tok.save_pretrained(tmp_path / "m")
-    with pytest.raises(Error, match="16 positions: pass --method data"):
-        train(config(tmp_path / "m", texts_file, tmp_path / "a", method="both", prompt="{}", max_length=8))
+    for prompt, says in ("{}", "--method both: expected a model of 40 positions.*, got 16: lower"), (
+            Config.prompt, "--prompt: expected a question that fits, but it takes .* has 16 positions"):
+        with pytest.raises(Error, match=says):
+            train(config(tmp_path / "m", texts_file, tmp_path / "a", method="both", prompt=prompt,
+                         max_length=8))
 
 
 def test_maps_that_take_no_adapters(backbone, texts_file, tmp_path, monkeypatch):
@@ -536,7 +539,7 @@ def test_what_is_written_down(checkpoint):
 
 
 def test_the_command_makes_the_same_config(monkeypatch):
-    settings = Config(grad_checkpointing=True, prompt="-{} in 'one' word:", lr=0.01, init="a b", overwrite=True)
+    settings = Config(grad_checkpointing=True, prompt="-{} in 'one'", lr=0.01, init="a b", overwrite=True)
     monkeypatch.setattr(cli_module.signal, "signal", lambda *_: None)
     monkeypatch.setattr(sys, "argv", shlex.split(cli_module.command_line(settings))[1:])
     assert cli_module.parse(Config, "") == dataclasses.replace(settings, overwrite=False)
@@ -571,7 +574,7 @@ def test_publishing_reads_the_folder(checkpoint, tmp_path):
 
 @pytest.mark.parametrize("kind", ["PreTrainedTokenizerFast", "GPTNeoXTokenizer"])
 def test_the_prompt_is_in_the_checkpoint(backbone, texts_file, tmp_path, kind):
-    """Whoever reads it asks the question, also where the class of the tokenizer sets a template of its own."""
+    """Every library that reads it asks, also where the class of the tokenizer has a template of its own."""
     from sentence_transformers import SentenceTransformer, SparseEncoder
     shutil.copytree(backbone, tmp_path / "m")
     settings = json.loads((tmp_path / "m" / "tokenizer_config.json").read_text())
@@ -606,7 +609,8 @@ def test_the_prompt_is_in_the_checkpoint(backbone, texts_file, tmp_path, kind):
     (["--method", "simcse", "--top-k", "8"], "--top-k: expected a method that uses it (data, model, both)"),
     (["--resume", "--overwrite"], "expected either --resume (go on) or --overwrite (start again), got both"),
     (["--temperature", "0"], "--temperature: expected"), (["--prompt", "Say it:"], "expected {} once, where"),
-    (["--method", "mntp", "--prompt", "Say {}:"], "--prompt: expected a method that uses it"), (["--stesp", "3"], "unrecognized arguments"),
+    (["--method", "mntp", "--prompt", "Say {}:"], "--prompt: expected a method that uses it"),
+    (["--stesp", "3"], "unrecognized arguments"),
     (["--method", "simcse", "--batch-size", "1"], "--batch-size: expected 2 or more"),
     (["--method", "mntp", "--show-targets", "3"], "--show-targets: expected a method that uses it"),
     (["--impl", "fast"], "invalid choice")])
