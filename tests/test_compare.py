@@ -96,7 +96,7 @@ def test_two_stages_from_nothing(data, backbone, texts_file, tmp_path, monkeypat
     corpus = shutil.copy(texts_file, tmp_path)
     args = ["compare.py", "--data-dir", data, "--corpus", corpus, "--backbone", str(backbone),
             "--seeds", "1", "2", "--runs", str(tmp_path / "runs"), "--texts", "256",
-            "--tasks", "STS12", "STSBenchmark", "--only", "mntp, simcse", "both, causal"]
+            "--tasks", "STS12", "STSBenchmark", "--only", "mntp, simcse", "both, mean"]
     monkeypatch.setattr(sys, "argv", args)
     compare.main()
     facts = json.loads((tmp_path / "runs" / "compare-texts-256.json").read_text())
@@ -105,9 +105,9 @@ def test_two_stages_from_nothing(data, backbone, texts_file, tmp_path, monkeypat
     made = lambda name: json.loads((tmp_path / "runs" / name / "t2t.json").read_text())
     assert made("mntp-simcse-stage-1-1")["texts_seen"] == made("mntp-simcse-2")["texts_seen"] == 128
     assert made("mntp-simcse-2")["config"]["init"] == str(tmp_path / "runs" / "mntp-simcse-stage-1-2")
-    made = made("both-causal-1")
+    made = made("both-mean-1")
     assert made["texts_seen"] == 256
-    assert made["config"]["attention"] == "causal"
+    assert (made["config"]["attention"], made["config"]["prompt"]) == ("bidirectional", "{}")
     assert [r["seed"] for r in row["runs"]] == [1, 2] and row["runs"][0]["corpus_hash"] == made["corpus_hash"]
     table = (tmp_path / "runs" / "compare-texts-256.md").read_text()
     assert "| mntp, simcse | 2 |" in table and "±" in table
@@ -131,10 +131,10 @@ def test_two_stages_from_nothing(data, backbone, texts_file, tmp_path, monkeypat
     made = json.loads(published.read_text())
     rows, claims = made["rows"], {(c["claim"], c["vectors"]): c for c in made["claims"]}
     assert {name: row["seeds"] for name, row in rows.items()} == {
-        "mntp, simcse": [1, 2, 3], "both, causal": [1, 2], "both": [3, 4]}
+        "mntp, simcse": [1, 2, 3], "both, mean": [1, 2], "both": [3, 4]}
     # the pairs of "both" are gone: seeds 3, 4 have 60 and 70, mean 65, variance of the mean 50 / 2
-    claim = claims["both > both, causal", "raw"]
-    x = [r["scores"]["raw"]["mean STS"] for r in rows["both, causal"]["runs"]]
+    claim = claims["both > both, mean", "raw"]
+    x = [r["scores"]["raw"]["mean STS"] for r in rows["both, mean"]["runs"]]
     v = np.array([25, np.var(x, ddof=1) / 2])
     half = compare.t_distribution.ppf(0.975, v.sum() ** 2 / (v ** 2).sum()) * v.sum() ** 0.5
     expected = 65 - np.mean(x) + np.array([0, -half, half])
@@ -144,16 +144,16 @@ def test_two_stages_from_nothing(data, backbone, texts_file, tmp_path, monkeypat
     assert scores[2] == 1.0
 
     # a claim of which no pairs are at hand stays, until one of its runs has another score
-    kept = claims["both > both, causal", "raw"] | {"mean STS": [7, 6, 8]}
-    assert compare.claim_of("both", "both, causal", "raw", table=rows, arrays={}, pair={}, old=[kept]) == kept
+    kept = claims["both > both, mean", "raw"] | {"mean STS": [7, 6, 8]}
+    assert compare.claim_of("both", "both, mean", "raw", table=rows, arrays={}, pair={}, old=[kept]) == kept
     rows["both"]["runs"][0]["scores"]["raw"]["mean STS"] = 61.0
-    new = compare.claim_of("both", "both, causal", "raw", table=rows, arrays={}, pair={}, old=[kept])
+    new = compare.claim_of("both", "both, mean", "raw", table=rows, arrays={}, pair={}, old=[kept])
     assert new["mean STS"][0] == pytest.approx(65.5 - np.mean(x), abs=0.02)
 
     # scores on fewer tasks do not take the place of more; nor those on other texts
-    rows["both, causal"]["runs"][0]["scores"]["raw"]["SciFact"] = 40.0
+    rows["both, mean"]["runs"][0]["scores"]["raw"]["SciFact"] = 40.0
     published.write_text(json.dumps(made))
-    with pytest.raises(Error, match="both, causal, seed 1, all tasks .* got no SciFact"):
+    with pytest.raises(Error, match="both, mean, seed 1, all tasks .* got no SciFact"):
         compare.main()
     published.write_text(json.dumps(made | {"ground": made["ground"] | {"corpus_hash": "x"}}))
     with pytest.raises(Error, match="expected runs of .*'corpus_hash': 'x'"):

@@ -251,10 +251,19 @@ def test_a_damaged_cache_is_made_again(tok, texts_file, tmp_path, monkeypatch):
         assert tokenize_corpus(texts_file, tok, 64).ids.tolist() == ids
 
 
-def test_texts_of_special_tokens_alone_are_empty(tok, texts_file):
-    """Cut after <s>, all texts are one."""
+def test_texts_of_special_tokens_alone_are_empty(tmp_path, capsys):
+    """Of words that the tokenizer does not know, <unk> is left."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    t = Tokenizer(models.WordLevel({"<unk>": 0, "dog": 1}, unk_token="<unk>"))
+    t.pre_tokenizer = pre_tokenizers.Whitespace()
+    known = PreTrainedTokenizerFast(tokenizer_object=t, unk_token="<unk>")
+    (tmp_path / "some.txt").write_text("a dog\na cat\n")
+    assert tokenize_corpus(tmp_path / "some.txt", known, 8).ids.tolist() == [0, 1]
+    assert "2 texts read, 1 empty" in capsys.readouterr().out
+    (tmp_path / "none.txt").write_text("a cat\n")
     with pytest.raises(Error, match="at least one text that has a token"):
-        tokenize_corpus(texts_file, tok, 1)
+        tokenize_corpus(tmp_path / "none.txt", known, 8)
 
 
 def test_what_a_folder_can_not_give_is_named(tmp_path):
