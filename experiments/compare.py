@@ -81,7 +81,8 @@ TRIALS = {                                             # the best of each method
     "mntp, simcse, batches 64, 128, rate 0.0003": [PREDICT | AVERAGE | dict(batch_size=64),
                                                    CONTRAST | MEAN | dict(batch_size=128, lr=3e-4)],
 }
-CLAIMS = [(one, x) for one in ("both", "both, mean") for x in (*NAMES, *RUNS) if x != one]
+CLAIMS = [(one, x) for one in ("both", "both, mean") for x in (*NAMES, *RUNS)
+          if x not in ("both", one)]
 
 
 KEPT = ("command", "loss", "constant_loss", "texts_seen", "seconds", "versions", "corpus_hash")
