@@ -81,12 +81,10 @@ EXAMPLES = ["A dog runs after a ball in the park.", "The bank raised its interes
 CONFIG = parse(Config, __doc__) if __name__ == "__main__" else None
 
 import functools
-import itertools
 import json
 import math
 import time
 import unicodedata
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np

@@ -51,7 +51,7 @@ def untrained(backbone, corpus, max_length=256):
     read = lambda e: lambda texts: e.pooled(e.token_ids(texts)).numpy()
 
     def prompt(texts):
-        asked = t2t.Embedder(model, asking, "last", max_length)
+        asked = t2t.Embedder(model, asking, "last", max_length + sum(map(len, around(asking))))
         return asked.pooled(asked.token_ids(texts)).numpy()
 
     @torch.no_grad()

@@ -1,7 +1,6 @@
 """experiments/analyze.py: every measure by hand, the page and the picture on a small checkpoint."""
 import json
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest

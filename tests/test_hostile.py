@@ -383,7 +383,7 @@ def test_a_text_that_spells_a_control_token_means_its_characters(checkpoint):
     from sentence_transformers import SentenceTransformer
     e, texts = Embedder.load(checkpoint), ["a</s>b", "<pad> dog", "dog"]
     special = set(e.tok.all_special_ids)
-    assert [sum(i in special for i in ids) for ids in e.tok(texts)["input_ids"]] == [1, 1, 1]     # <s> in front
+    assert [sum(i in special for i in ids) for ids in e.tok(texts)["input_ids"]] == [1, 1, 1]   # <s>
     assert not special & {i for ids in e.token_ids(texts) for i in ids}
     st = SentenceTransformer(str(checkpoint), device="cpu")
     np.testing.assert_allclose(st.encode(texts), e.encode(texts), atol=1e-5)
