@@ -1,6 +1,6 @@
 """Text2Token: turn a language model into a text embedder by teaching it which tokens a text is about.
 
-    python t2t.py                                          # SmolLM2 on documentation: five minutes on a CPU
+    python t2t.py                                          # SmolLM2 on documentation: minutes on a CPU
     python t2t.py --backbone Qwen/Qwen3-0.6B --corpus my.jsonl  # your model, your texts, no labels
 
 Ask a language model what a text means in one word. The state of the last token, from which it would answer,
