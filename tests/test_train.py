@@ -488,11 +488,12 @@ def test_one_vector_everywhere(checkpoint):
     assert relative(evaluation.load(str(checkpoint), "cpu").encode(texts), a).max() < 1e-5
 
 
-def test_one_file_of_weights(checkpoint, backbone):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def test_one_file_of_weights(checkpoint, learned, backbone):
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     model, info = AutoModelForCausalLM.from_pretrained(checkpoint, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and model.dtype == torch.float32
-    assert model.config.is_causal
+    assert model.config.is_causal is True
+    assert AutoConfig.from_pretrained(learned).is_causal is False    # it was bidirectional
     assert AutoTokenizer.from_pretrained(checkpoint).padding_side == "right"
     assert os.path.samefile(checkpoint / "model.safetensors", checkpoint / "sparse" / "model.safetensors")
     own = weights(backbone)["model.embed_tokens.weight"]
