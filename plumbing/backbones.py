@@ -7,7 +7,6 @@
 import functools
 import importlib.util
 import json
-import re
 import warnings
 from contextlib import nullcontext
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from plumbing.cache import cached, file_hash, file_stamps, hash_of, os_errors
+from plumbing.cache import cached, download, file_hash, file_stamps, hash_of, os_errors
 from plumbing.cli import Error, out_of_memory, why
 from plumbing.corpus import around
 
@@ -51,9 +50,8 @@ def fetched(name):
     folder = resolve(name, "Embedder.load")
     if Path(folder).exists():
         return folder
-    from huggingface_hub import snapshot_download
     try:
-        return snapshot_download(folder, ignore_patterns=["sparse/*", "*.bin", "onnx/*"])
+        return download(folder, ignore=["sparse/*"])
     except Exception as e:                                             # no network, no such name, no name
         raise Error(f"Embedder.load: expected a checkpoint, but {name} is no folder here, and the hub does "
                     f"not give it: {why(e)}") from None
@@ -67,24 +65,13 @@ def read_gguf(file, beside, folder, option):
     from gguf import GGUFReader
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
     quiet()
-
-    class Reader(GGUFReader):
-        def _get(self, offset, dtype, count=1, override_order=None):
-            found = super()._get(offset, dtype, count, override_order)
-            if len(found) < count:                   # it would loop over an array that is not there
-                raise ValueError("the file ends too early")
-            return found
     # absolute: of a bare name, transformers would take a file in the current folder first
     where = str(file.parent), str(file.absolute())
     print(f"reading {file.name}, once ...", flush=True)
     try:
-        reader = Reader(file)
+        reader = GGUFReader(file)
         kinds = [t.tensor_type.name for t in reader.tensors]
         config = AutoConfig.from_pretrained(where[0], gguf_file=where[1])
-        blocks = 1 + max([int(t.name.split(".")[1]) for t in reader.tensors if t.name.startswith("blk.")],
-                         default=-1)
-        if blocks != (said := config.get_text_config().num_hidden_layers):
-            raise ValueError(f"it has {blocks} layers, and says {said}")
         model, info = AutoModelForCausalLM.from_pretrained(
             where[0], gguf_file=where[1], config=config, dtype=torch.float32, output_loading_info=True,
             quantization_config=GgufConfig(dequantize=True))
@@ -200,11 +187,6 @@ def read_backbone(name, attention, dtype=torch.float32, option="--backbone"):
     if missing:
         raise Error(f"{option}: expected a whole causal language model, but {where} lacks {missing[0]} and "
                     f"{len(missing) - 1} other weights: an encoder, or a damaged download?")
-    pattern = lambda key: re.sub(r"\.\d+\.", ".#.", key)           # the name without the layer's number
-    own = {pattern(key) for key in model.state_dict() if pattern(key) != key}
-    if more := sorted(key for key in info["unexpected_keys"] if pattern(key) in own):
-        raise Error(f"{option}: expected as many layers as config.json says, but {where} also has {more[0]}: "
-                    "a damaged config.json?")
     if damaged := [name for name, weight in model.named_parameters() if not weight.isfinite().all()]:
         raise Error(f"{option}: expected finite weights, but in {where} {damaged[0]} holds NaN or infinity: "
                     "a run that failed, or a damaged download?")
@@ -307,8 +289,6 @@ def check_head(model, head, option="--backbone"):
     ids = torch.tensor([[5, 6, 7, 8]], device=model.device)
     own = model(input_ids=ids, use_cache=False).logits.float()
     ours = head(model.base_model(input_ids=ids, use_cache=False).last_hidden_state).float()
-    if not own.isfinite().all():
-        raise Error(f"{option}: expected finite logits, got NaN or infinity: damaged weights?")
     tolerance = (1e-3 if model.dtype == torch.float32 else 5e-2) * own.abs().max()
     if own.shape != ours.shape or (own - ours).abs().max() > tolerance:
         raise Error(f"{option}: expected logits that are a linear map of the last states, scaled and capped "

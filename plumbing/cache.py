@@ -3,7 +3,6 @@
 Nothing is ever half-written: a file or folder is made beside its place and renamed when it is whole."""
 import contextlib
 import hashlib
-import inspect
 import json
 import os
 import re
@@ -22,15 +21,20 @@ def hash_of(*parts):
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=10).hexdigest()
 
 
-def source_hash(*parts):
-    """A hash of functions, by their source, and of constants: an edit makes what was cached anew."""
-    return hash_of([inspect.getsource(p) if callable(p) else repr(p) for p in parts])
-
-
 def file_hash(path):
     """sha256 of a file, read in pieces."""
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def download(name, allow=None, ignore=()):
+    """The folder of a hub id: its weights as safetensors, or pickled where there are no others."""
+    from huggingface_hub import snapshot_download
+    others = ["onnx/*", "openvino/*", "*.h5", "*.msgpack", "*.ot", "*.gguf", *ignore]
+    folder = Path(snapshot_download(name, allow_patterns=allow, ignore_patterns=["*.bin", *others]))
+    if not any(folder.rglob("*.safetensors")):
+        snapshot_download(name, allow_patterns=["*.bin"], ignore_patterns=others)
+    return folder
 
 
 def files_below(folder, suffixes):
@@ -71,16 +75,6 @@ def cache_path(kind, name):
     return cache_root() / f"{kind}-{name}"
 
 
-def cache_summary():
-    """Where the cache is and how large, for --help."""
-    try:
-        size = sum(f.lstat().st_size for f in cache_root().rglob("*") if f.is_file())
-    except (OSError, ValueError):            # no home folder, or one that cannot be read
-        return "The cache is the folder that T2T_CACHE names."
-    return (f"The cache is {cache_root()} (T2T_CACHE names another), {size / 1e6:.0f} MB; entries not used "
-            f"for {KEEP_DAYS} days are removed.")
-
-
 def cached(kind, name, write, read=lambda folder: folder):
     """read(folder) of the folder that write(folder) fills, made once. What `read` can not read (after a power
     failure, a file may be empty) is made again."""
@@ -107,10 +101,8 @@ def made(kind, name, write):
                 raise
         finally:
             shutil.rmtree(beside, ignore_errors=True)
-    try:
+    with contextlib.suppress(OSError):       # a cache that may only be read
         os.utime(folder)
-    except OSError:                          # a cache that may only be read
-        pass
     return folder
 
 

@@ -10,7 +10,7 @@ import signal
 import sys
 import typing
 
-from plumbing.cache import cache_root, cache_summary
+from plumbing.cache import KEEP_DAYS, cache_root
 
 
 def of_torchrun(name, default):
@@ -48,8 +48,9 @@ def parse(Config, doc):
     """The command line -> Config, a dataclass of settings."""
     print_anything()
     signal.signal(signal.SIGINT, signal.SIG_DFL)                       # Ctrl-C amid imports: no traceback
-    cache = cache_summary() if {"-h", "--help"} & set(sys.argv) else None
-    parser = argparse.ArgumentParser(prog="t2t.py", description=(doc or "").split("\n")[0], epilog=cache,
+    kept = (f"The cache is the folder T2T_CACHE, or ~/.cache/text2token. Entries not used for {KEEP_DAYS} "
+            "days are removed.")
+    parser = argparse.ArgumentParser(prog="t2t.py", description=(doc or "").split("\n")[0], epilog=kept,
                                      allow_abbrev=False)
     parser.error = end                                                 # argparse would add its usage
     for f in dataclasses.fields(Config):
@@ -83,11 +84,11 @@ def checked(config):
         if least is not None and not least <= value < math.inf:
             finite = "" if math.isfinite(value) else "a finite number, "
             raise Error(f"{name}: expected {finite}{least:g} or more, got {value}")
+        if isinstance(value, int) and value > 10**12:                  # torch takes 64 bits; steps count too
+            raise Error(f"{name}: expected at most 10^12, got {value}")
         if config.method not in methods:
             raise Error(f"{name}: expected a method that uses it ({', '.join(methods)}), "
                         f"got --method {config.method}: leave {name} out")
-    if config.seed > 10**12:                                          # torch takes 64 bits; steps count too
-        raise Error(f"--seed: expected at most 10^12, got {config.seed}")
     if config.method == "both" and config.top_k < 2:
         raise Error(f"--top-k: expected 2 or more for both kinds of target, got {config.top_k}")
     if config.method == "mntp" and config.max_length < 2:

@@ -98,7 +98,7 @@ def test_page_and_picture(learned, tmp_path, capsys):
     assert page.startswith("The wolf sees the goat.\n    before") and "first PC" in page
     facts = json.loads((out / "analysis.json").read_text())
     assert facts["after"]["key"] > facts["before"]["key"]               # it learned what it was trained for
-    for row in ("before", "start", "after"):
+    for row in ("before", "after"):
         assert sum(facts[row]["spectrum"]) == pytest.approx(1)
         shares = ("hit@10", "local", "global", "key", "halves")
         assert all(0 <= facts[row][m] <= 1 for m in shares)

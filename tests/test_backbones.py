@@ -3,7 +3,6 @@ import importlib.util
 import json
 import math
 import shutil
-import struct
 from pathlib import Path
 
 import numpy as np
@@ -146,15 +145,8 @@ def test_gguf_that_cannot_be_read(gguf_file, tmp_path, monkeypatch):
     file, _ = gguf_file
     (tmp_path / "cut.gguf").write_bytes(file.read_bytes()[:9000])
     (tmp_path / "other.gguf").write_bytes(b"not a model")
-    # GGUF 3, no tensors, one field "a": an array of 2^40 bytes, of which none follows
-    long = struct.pack("<4sIQQQcIIQ", b"GGUF", 3, 0, 1, 1, b"a", 9, 0, 2**40)
-    (tmp_path / "long.gguf").write_bytes(long)
-    count = file.read_bytes().index(b"llama.block_count") + 21        # after the name and its type
-    fewer = file.read_bytes()[:count] + struct.pack("<I", 1) + file.read_bytes()[count + 4:]
-    (tmp_path / "fewer.gguf").write_bytes(fewer)
     damaged = "damaged, cut short"
-    for name, says in ("cut", damaged), ("other", damaged), ("long", damaged), ("none", "does not exist"), (
-            "fewer", "it has 2 layers, and says 1"):
+    for name, says in ("cut", damaged), ("other", damaged), ("none", "does not exist"):
         with pytest.raises(Error, match=says) as e:
             t2t.load_backbone(str(tmp_path / f"{name}.gguf"), "causal")
         assert "\n" not in str(e.value)

@@ -591,14 +591,3 @@ def test_public_scores_of_minilm(tmp_path):
     model = Path(package.submodule_search_locations[0], "model")
     table = ev.evaluate([str(model)], ["STSBenchmark", "LIMITSmallRetrieval"], data, tmp_path, device="cpu")
     assert [row["scores"]["model"] for row in table["tasks"]] == pytest.approx([82.03, 16.20], abs=0.05)
-
-
-def test_two_devices_give_the_vectors_of_one(tmp_path):
-    """As on two GPUs: a process a device. The hook for texts without a token goes along."""
-    import numpy as np
-    texts = [f"{a} {b}" for a in WORDS for b in WORDS] + [""]
-    model = make_st(tmp_path / "st", make_lm(tmp_path / "lm"))
-    one = ev.load(model, "cpu").encode(texts)
-    both = ev.spread(ev.load(model, "cpu"), ["cpu", "cpu"])
-    np.testing.assert_allclose(both.encode(texts, chunk_size=20), one, atol=1e-6)
-    both.stop_multi_process_pool(both.encode.keywords["pool"])

@@ -308,12 +308,6 @@ def test_weights_and_settings_that_are_damaged(broken, checkpoint):
     assert "no folder here" in refused(lambda: Embedder.load("nowhere/at/all"))
 
 
-def test_fewer_layers_in_the_settings_than_in_the_file(broken, checkpoint):
-    settings = json.loads((checkpoint / "config.json").read_text())
-    folder = broken("config.json", settings | {"num_hidden_layers": 1, "layer_types": None})
-    assert "also has model.layers.1." in refused(lambda: Embedder.load(folder))
-
-
 def test_nan_where_no_check_reads_it(tmp_path, tok):
     """In the last row of an embedding that is not the head: the logits of other tokens are finite."""
     model = family("llama", V=500)
@@ -362,13 +356,8 @@ def test_a_state_that_is_damaged(backbone, texts_file, tmp_path):
         train(config(backbone, texts_file, tmp_path / "a", **run), on_step=crash)
     file = tmp_path / "a" / "state" / "last.pt"
     good, state = file.read_bytes(), torch.load(file)
-    adam, some = state["optimizer"], next(iter(state["weights"]))
-    narrow = {k: {name: x[:1] if x.ndim else x for name, x in v.items()} for k, v in adam["state"].items()}
-    changes = [{"identity": []}, {"run": {}}, {"run": state["run"] | {"step": "2"}}, {"weights": {}},
-               {"weights": state["weights"] | {some: state["weights"][some][:1]}}, {"optimizer": {}},
-               {"optimizer": adam | {"state": {}}}, {"optimizer": adam | {"state": narrow}}]
     damaged = [good[:-500], b"", b"x" * 99]
-    for other in [{"identity": {}}, *(state | change for change in changes)]:
+    for other in [{"identity": {}}, *(state | {part: {}} for part in ("weights", "optimizer"))]:
         torch.save(other, stream := io.BytesIO())
         damaged.append(stream.getvalue())
     for content in damaged:
