@@ -129,15 +129,15 @@ def choose(impl, device):
     """--impl -> "ext" or "torch". auto: ext where it has been built, else torch, which says so."""
     if impl == "torch":
         return impl
-    reason = "python build_ext.py builds a faster one"
+    reason = "; python build_ext.py builds a faster one"
     try:
         if compiled(impl, device):
             return "ext"
     except ValueError as e:
         if impl == "ext":
             raise Error(f"--impl ext: {e}") from None
-        reason = f"the extension does not load ({e})"
-    print(f"the loss runs in torch: {reason}", flush=True)
+        reason = f": the extension does not load ({e})"
+    print(f"the loss runs in torch{reason}", flush=True)
     return "torch"
 
 

