@@ -13,6 +13,8 @@
 
 Frequencies, idf and components come from the corpus, never a task.
 """
+import copy
+import functools
 import sys
 from pathlib import Path
 
@@ -45,14 +47,14 @@ def untrained(backbone, corpus, max_length=256):
             for n in t2t.epoch_permutation(0, 0, N)[:2048]]
     bare = lambda text: tokenize(tok, [text], max_length)[0]
 
-    sees_all, asking = t2t.load_backbone(backbone, "bidirectional")
-    set_prompt(asking, t2t.Config.prompt)
-    embedder = lambda how, model=model: t2t.Embedder(model, tok, how, max_length)
-    read = lambda e: lambda texts: e.pooled(e.token_ids(texts)).numpy()
-
-    def prompt(texts):
-        asked = t2t.Embedder(model, asking, "last", max_length + sum(map(len, around(asking))))
-        return asked.pooled(asked.token_ids(texts)).numpy()
+    def reader(pooling, attention="causal", question="{}"):
+        @functools.lru_cache(1)
+        def embedder():                                    # made when it is asked
+            asking = copy.deepcopy(tok)
+            set_prompt(asking, question)
+            its = model if attention == "causal" else t2t.load_backbone(backbone, attention)[0]
+            return t2t.Embedder(its, asking, pooling, max_length + sum(map(len, around(asking))))
+        return lambda texts: embedder().pooled(embedder().token_ids(texts)).numpy()
 
     @torch.no_grad()
     def echo(texts):
@@ -86,7 +88,8 @@ def untrained(backbone, corpus, max_length=256):
             np.add.at(out[n], t2t.find_words(words, np.array(ids, int), [len(ids)])[1], 1)
         return out * idf
 
-    mean, last, mean_all = map(read, (embedder("mean"), embedder("last"), embedder("mean", sees_all)))
+    mean, last, mean_all = reader("mean"), reader("last"), reader("mean", "bidirectional")
+    prompt = reader("last", question=t2t.Config.prompt)
     head_rows, sif = rows(np.ones(V)), without_pc(rows(1e-3 / (1e-3 + frequency)))
     found = [mean, last, mean_all, prompt, echo, without_pc(mean), head_rows, sif, tf_idf]
     return dict(zip(NAMES, found)), some, tokens.hash
