@@ -40,7 +40,7 @@ def setting(default, doc, methods=ALL, choices=None, least=None):
 @dataclass(frozen=True)
 class Config:
     """Every setting of a run. OURS: all defaults. The command line is made from these fields.
-    Once, before use, `settle` puts real values for `lr` None and each "auto", and no question for mntp."""
+    Before use, `settle` puts real values for `lr` None and each "auto", and takes the question from mntp."""
     backbone: str = setting("smollm2", "causal language model: smollm2, a folder, a .gguf file, a hub id")
     method: str = setting("both", "targets: data (words of the text), model (words that it predicts), both; "
                           "baselines: simcse, mntp; none: do not train", choices=ALL)
@@ -49,7 +49,7 @@ class Config:
     out: str = setting("ckpt", "folder for the finished checkpoint")
     init: str | None = setting(None, "start from this checkpoint's weights (a second stage)", TRAINED)
     prompt: str = setting('This text: "{}" means in one word: "', "the question (arXiv 2307.16645); {} is "
-                          "the text; {} alone: no question", [m for m in ALL if m != "mntp"])
+                          "the text; {} alone: only targets ask", [m for m in ALL if m != "mntp"])
     pooling: str = setting("last", "how the states become one vector", choices=["last", "mean"])
     attention: str = setting("causal", "what a token may look at", choices=["causal", "bidirectional"])
     top_k: int = setting(64, "K, target tokens per text", WITH_TARGETS, least=1)
@@ -72,7 +72,7 @@ class Config:
     show_targets: int = setting(0, "print this many texts and targets, and exit", WITH_TARGETS, least=0)
 
 
-BUCKET = 16          # OURS: so many batches at a time share out their texts by length (bucketed_batch)
+BUCKET = 16          # OURS: the texts of 16 batches are sorted by length together (bucketed_batch)
 SAMPLE = 512         # OURS: texts from which averages over the corpus are estimated
 EXAMPLES = ["A dog runs after a ball in the park.", "The bank raised its interest rates again.",
             "How do I reset my password?", "She plays the violin in a small orchestra."]
@@ -83,6 +83,7 @@ CONFIG = parse(Config, __doc__) if __name__ == "__main__" else None
 import functools
 import json
 import math
+import re
 import time
 import unicodedata
 from pathlib import Path
@@ -134,7 +135,7 @@ class Words(NamedTuple):
     canonical_id: np.ndarray  # (V,) int64  the one id for all case and space variants of a word; -1: no word
     is_continuation: np.ndarray    # (V,) bool   begins with a letter and no space: may continue a word
     ends_in_letter: np.ndarray     # (V,) bool   a word may go on after it
-    spelling: list                 # (V,) str    the token as people read it; spaces alone: in quotes
+    spelling: list                 # (V,) str    the token as people read it; white space: in quotes
 
 
 def is_letter(c):
@@ -157,12 +158,12 @@ def read_vocabulary(tok, V):
         spelling[v] = token
         if v in special or (token[0] == "<" and token[-1] == ">"):
             continue
-        s = tok.convert_tokens_to_string([token])
+        whole = s = tok.convert_tokens_to_string([token])
         # U+2581 and U+0120 mark a space in front, which decoding may drop; an added token is a whole word
         if token[0] in "\u2581\u0120" or v in added:
             s = " " + s.lstrip()
         word = s.strip()
-        spelling[v] = word or repr(s)
+        spelling[v] = word or repr(whole)
         if not word:
             continue
         has_space[v], ends_in_letter[v] = s[0].isspace(), is_letter(s[-1])
@@ -377,8 +378,8 @@ def own_targets(function, K, V):
     """A user's function, in the form of those above: checked, each token once a row, -1 where p is 0."""
     def own(ids):
         i, p = map(np.asarray, function(ids))
-        check_own_targets(i, p, K, V)
-        i, p = np.ascontiguousarray(i, np.int64), np.ascontiguousarray(p)        # of any type and strides
+        check_own_targets(i, p, K, V, n=len(ids))
+        i, p = np.ascontiguousarray(i, np.int64), np.ascontiguousarray(p, np.float32)    # any type, strides
         i, p = (x.numpy() for x in coalesce(torch.from_numpy(i), torch.from_numpy(p)))
         return np.where(p > 0, i, -1), p
     return own
@@ -415,7 +416,7 @@ def build_targets(config, tokens, words, *, model, tok, own=None):
             np.save(folder / name, array)
     read = lambda folder: (np.load(folder / "indices.npy"), np.load(folder / "probs.npy"))
     # parts 1 to 3 of this file make the targets: an edit there makes them anew
-    made_by = Path(__file__).read_text("utf-8").partition(" 1. words\n")[2].partition(" 4. loss\n")[0]
+    made_by = re.search(" 1. words\n.*? 4. loss\n", Path(__file__).read_text("utf-8"), re.S)[0]
     by_model = config.method != "data" and (str(model.dtype), identity_of(config.backbone), config.seed,
                                             question(tok, Config.prompt), folders.versions())
     # tokens.folder: by corpus, tokenizer with its question, max_length, and plumbing/corpus.py
@@ -553,8 +554,8 @@ class Embedder:
         return torch.from_numpy(np.where(canonical_id >= 0, canonical_id, np.arange(len(canonical_id))))
 
     def top_tokens(self, texts, k=10):
-        """list of N str -> for each the k tokens it lights up, [(token, probability)]. Variants of a word are
-        one; those of a stop word are not."""
+        """list of N str -> for each the k tokens it lights up, [(token, probability)]. Variants of a word
+        count as one token; stop words have no variants here."""
         lit = []
         for h in self.pooled(self.token_ids(texts)).split(256):        # (b,C); all N rows of V would be large
             p = F.softmax(self.logits(h), -1)                                                        # (b,V)
@@ -789,7 +790,7 @@ def train(config, targets=None, on_step=None):
         if unknown := model.load_state_dict(learned, strict=False).unexpected_keys:
             raise RuntimeError(f"adapters that do not fit the backbone loaded again: {unknown[0]}")
         embedder.model = adapted.merge_and_unload()
-    began -= facts.pop("earlier_seconds", 0)         # training time of interrupted runs counts, no set-up
+    began -= facts.pop("earlier_seconds", 0)         # training time of interrupted runs counts
     finish(out, embedder, config, lit_before=lit_before, began=began, command=command_line(given),
            custom_targets=targets is not None, **facts)
     return processes.finished(config.out)

@@ -27,7 +27,7 @@ from sklearn.preprocessing import normalize
 import t2t
 from plumbing.cache import write_json
 from plumbing.cli import Error
-from plumbing.corpus import set_prompt, tokenize_corpus
+from plumbing.corpus import tokenize_corpus
 
 SAMPLE = 1000
 
@@ -197,8 +197,7 @@ def analyze(ckpt, texts=(), corpus=None):
     except (ValueError, KeyError, TypeError) as e:
         raise Error(f"expected a t2t.json of this version in {ckpt}, got another ({e})") from None
     after = t2t.Embedder.load(ckpt)
-    model, tok = t2t.load_backbone(config.init or config.backbone, config.attention)
-    set_prompt(tok, config.prompt)
+    model, tok = t2t.load_backbone(config.init or config.backbone, config.attention)[0], after.tok
     before = t2t.Embedder(model, tok, config.pooling, after.max_length, after.scale)
     stages = {"before": before, "after": after}
 
@@ -233,7 +232,7 @@ def analyze(ckpt, texts=(), corpus=None):
                 for c in columns]
         show.append(f"{100 * f['spectrum'][0]:.1f} %" if "spectrum" in f else "")
         print(f"{row:28s}" + "".join(f"{v:>16s}" for v in show))
-    print("training moved the mean along the first direction before it by "
+    print("training moved the mean along the first direction of `before` by "
           f"{facts['shift']:+.2f} times what it had")
     related = wordnet()
     if related:

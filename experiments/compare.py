@@ -309,13 +309,14 @@ def curves(a):
     rows = [json.loads(line) for line in gzip.open(path, "rt")][::3]
     file, seed = Path(a.runs) / f"curves-{a.seeds[0]}.json", a.seeds[0]
     facts = json.loads(file.read_text()) if file.exists() else {}
+    for folder in [place(name, seed, a) for name in CURVES if name not in facts]:
+        if (folder / "t2t.json").exists():
+            raise Error(f"--curves: expected to measure while training, but {folder} is trained: remove it, "
+                        "or pass another seed")
     for name in CURVES:
         if name in facts:
             continue
         points, steps, here = [], a.texts // RUNS[name][0]["batch_size"], commit()
-        if (place(name, seed, a) / "t2t.json").exists():
-            raise Error(f"--curves: expected to measure while training, but {place(name, seed, a)} is "
-                        "trained: pass another seed or --runs")
         shutil.rmtree(place(name, seed, a), ignore_errors=True)    # points of an interrupted run are lost
 
         def measure(step, embedder):

@@ -3,9 +3,9 @@
     python experiments/compare.py --data-dir DIR --only mean SIF tf-idf
 
     mean, last          states of the causal model, averaged or the last one
-    mean bidirectional  mean, with bidirectional attention: where training starts
+    mean bidirectional  mean, with bidirectional attention
     echo                the text twice, the states of its second copy averaged (arXiv 2402.15449)
-    prompt              the last state of: This text: "..." means in one word: "
+    prompt              the last state of: This text: "..." means in one word: "    Here training starts.
     mean - PC           mean, without the first principal component of mean over 2,048 texts of the corpus
     head rows           mean of the rows of the head that belong to the text's tokens
     SIF                 the same, a row weighted by 1e-3 / (1e-3 + frequency), without its first component
@@ -49,7 +49,7 @@ def untrained(backbone, corpus, max_length=256):
 
     def reader(pooling, attention="causal", question="{}"):
         @functools.lru_cache(1)
-        def embedder():                                    # made when it is asked
+        def embedder():                                    # loaded at the first reading
             asking = copy.deepcopy(tok)
             set_prompt(asking, question)
             its = model if attention == "causal" else t2t.load_backbone(backbone, attention)[0]

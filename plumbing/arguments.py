@@ -18,7 +18,8 @@ def settle(config):
     if config.device == "cuda" and not torch.cuda.is_available():
         raise Error("--device cuda: expected a GPU that torch can use, found none: pass --device cpu")
     gpu = config.device != "cpu" and torch.cuda.is_available()
-    computes_bfloat16 = (torch.cuda.is_bf16_supported(including_emulation=False) if gpu else     # or emulates
+    # on a CPU: AVX512-BF16 or AMX; others emulate it
+    computes_bfloat16 = (torch.cuda.is_bf16_supported(including_emulation=False) if gpu else
                          torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     dtype = config.dtype if config.dtype != "auto" else "bfloat16" if computes_bfloat16 else "float32"
     device = "cuda" if gpu else "cpu"
@@ -43,12 +44,14 @@ def check_words(words, config, tok):
                     f"{type(tok).__name__} of {config.backbone}, where {share:.1%} of the tokens are words")
 
 
-def check_own_targets(indices, probs, K, V):
+def check_own_targets(indices, probs, K, V, *, n):
     """Targets of a user's function, in numpy: one line that says what was expected."""
     got = f"{indices.dtype} {indices.shape}, {probs.dtype} {probs.shape}"
     if not (indices.ndim == 2 and indices.shape == probs.shape and 0 < indices.shape[1] <= K
             and np.issubdtype(indices.dtype, np.integer) and np.issubdtype(probs.dtype, np.floating)):
         raise Error(f"targets: expected indices (n,k), 0 < k <= top_k = {K}, and probs (n,k), got {got}")
+    if len(indices) != n:
+        raise Error(f"targets: expected a row for each of {n} texts, got {len(indices)}")
     if ((indices < -1) | (indices >= V)).any():
         raise Error(f"targets: expected indices from -1 to {V - 1}, got {indices.min()} to {indices.max()}")
     sums = np.where(indices >= 0, probs, 0).sum(1)

@@ -32,8 +32,11 @@ def download(name, allow=None, ignore=()):
     from huggingface_hub import snapshot_download
     others = ["onnx/*", "openvino/*", "*.h5", "*.msgpack", "*.ot", "*.gguf", *ignore]
     folder = Path(snapshot_download(name, allow_patterns=allow, ignore_patterns=["*.bin", *others]))
-    if not any(folder.rglob("*.safetensors")):
-        snapshot_download(name, allow_patterns=["*.bin"], ignore_patterns=others)
+    bare = [f.parent.relative_to(folder) for f in folder.rglob("config.json")
+            if not any(f.parent.glob("*.safetensors"))]        # of modules without weights, perhaps
+    if bare:
+        snapshot_download(name, revision=folder.name, ignore_patterns=others,
+                          allow_patterns=[(f / "pytorch_model*.bin").as_posix() for f in bare])
     return folder
 
 
@@ -66,7 +69,7 @@ def cache_root():
     try:
         return Path(os.environ.get("T2T_CACHE") or Path.home() / ".cache" / "text2token")
     except RuntimeError:                     # a container may have no home folder
-        from plumbing.cli import Error       # not above: it reads cache_summary
+        from plumbing.cli import Error       # not above: it imports this file
         raise Error("cache: expected a home folder to keep files in, found none: set T2T_CACHE to a "
                     "folder") from None
 

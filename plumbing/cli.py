@@ -84,7 +84,7 @@ def checked(config):
         if least is not None and not least <= value < math.inf:
             finite = "" if math.isfinite(value) else "a finite number, "
             raise Error(f"{name}: expected {finite}{least:g} or more, got {value}")
-        if isinstance(value, int) and value > 10**12:                  # torch takes 64 bits; steps count too
+        if isinstance(value, int) and value > 10**12:                  # a seed times 10^6 stays in 64 bits
             raise Error(f"{name}: expected at most 10^12, got {value}")
         if config.method not in methods:
             raise Error(f"{name}: expected a method that uses it ({', '.join(methods)}), "

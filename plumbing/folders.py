@@ -172,7 +172,7 @@ def load_state(out, must_stay, model, optimizer, *, resume):
 
 @torch.no_grad()
 def put_back(state, model, optimizer):
-    """Weights and moments of a state into model and optimizer; ValueError or others if they do not fit."""
+    """Weights and moments of a state into model and optimizer. That they fit, `identity` has decided."""
     for name, p in model.named_parameters():
         if p.requires_grad:
             p.copy_(state["weights"][name])

@@ -144,11 +144,15 @@ def test_another_config_is_another_backbone(backbone, tmp_path):
 def test_pickled_weights_are_fetched_where_there_are_no_others(tmp_path, monkeypatch):
     calls = []
 
-    def fetch(name, allow_patterns, ignore_patterns):
+    def fetch(name, allow_patterns, ignore_patterns, revision=None):
         calls.append((allow_patterns, "*.bin" in ignore_patterns))
         return str(tmp_path)
     monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
-    assert download("me/old") == tmp_path and calls == [(None, True), (["*.bin"], False)]
+    (tmp_path / "2_Dense").mkdir()
+    (tmp_path / "config.json").touch()
+    (tmp_path / "2_Dense" / "config.json").touch()
+    (tmp_path / "2_Dense" / "model.safetensors").touch()
+    assert download("me/old") == tmp_path and calls == [(None, True), (["pytorch_model*.bin"], False)]
     (tmp_path / "model.safetensors").touch()
     assert download("me/new") == tmp_path and calls[2:] == [(None, True)]
 

@@ -150,6 +150,8 @@ def test_own_targets_of_any_type_and_strides():
     i = np.array([[5, 7, 5], [9, 8, 3]], np.uint32)[:, ::-1]
     own = t2t.own_targets(lambda rows: (i, np.array([[0.5, 0.25, 0.25], [0, 0, 1]])[:, ::-1]), 8, 10)
     indices, probs = own([[1], [2]])
+    with pytest.raises(Error, match="a row for each of 3 texts, got 2"):
+        own([[1], [2], [3]])
     assert [dict(zip(*row)) for row in zip(indices.tolist(), probs.tolist())] == [
         {5: 0.75, 7: 0.25, -1: 0.0}, {3: 1.0, -1: 0.0}]
 
@@ -167,7 +169,7 @@ def test_own_targets_may_not_be_wider_than_k(backbone, texts_file, tmp_path):
     (7.0, [1.0], "got float64")])
 def test_own_targets_are_checked(index, p, says):
     with pytest.raises(Error, match=f"targets: expected .*{says}"):
-        t2t.check_own_targets(np.full((3, len(p)), index), np.tile(p, (3, 1)), 8, 500)
+        t2t.check_own_targets(np.full((3, len(p)), index), np.tile(p, (3, 1)), 8, 500, n=3)
 
 
 def test_own_targets_are_resumed_with_the_same_function_alone(backbone, texts_file, tmp_path):
