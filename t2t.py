@@ -637,7 +637,7 @@ def fit(embedder, config, *, out, tokens, q, on_step):
     constant_loss = q.constant_loss if q else (math.log(B) if is_simcse else token_entropy(tokens, tok))
     must_stay = folders.identity(config) | {        # for --resume; own targets are known by this loss alone
         "tokenizer": tokenizer_hash(tok),
-        "texts of the corpus": tokens.hash, "loss that ignores the text": round(constant_loss, 3)}
+        "texts of the corpus": tokens.hash, "the loss that ignores the text": round(constant_loss, 3)}
 
     # model stays in eval mode, as it was loaded: no dropout (simcse switches its own on)
     def forward(ids, mask):                                            # (b,T), (b,T) -> x (b,T,C), h (b,C)

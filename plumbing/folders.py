@@ -172,11 +172,20 @@ def load_state(out, must_stay, model, optimizer, *, resume):
 
 @torch.no_grad()
 def put_back(state, model, optimizer):
-    """Weights and moments of a state into model and optimizer. That they fit, `identity` has decided."""
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            p.copy_(state["weights"][name])
+    """Weights and moments of a state into model and optimizer; ValueError or others if they do not fit."""
+    learned = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    for name, p in learned.items():
+        if state["weights"][name].shape != p.shape:               # copy_ would broadcast
+            raise ValueError(f"{name} has another shape")
+        p.copy_(state["weights"][name])
     optimizer.load_state_dict(state["optimizer"])
+    if optimizer.state.keys() - set(learned.values()) or not optimizer.state:
+        raise ValueError("moments of other weights, or none")
+    for p, m in optimizer.state.items():                          # a weight that no text uses has none
+        if not p.shape == m["exp_avg"].shape == m["exp_avg_sq"].shape:
+            raise ValueError("moments of another shape")
+    if [type(state["run"][k]) for k in ("step", "seconds", "scale", "losses")] != [int, float, float, list]:
+        raise ValueError("no step, seconds, scale and losses")
 
 
 @contextlib.contextmanager

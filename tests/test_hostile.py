@@ -356,8 +356,13 @@ def test_a_state_that_is_damaged(backbone, texts_file, tmp_path):
         train(config(backbone, texts_file, tmp_path / "a", **run), on_step=crash)
     file = tmp_path / "a" / "state" / "last.pt"
     good, state = file.read_bytes(), torch.load(file)
+    adam, some = state["optimizer"], next(iter(state["weights"]))
+    narrow = {k: {name: x[:1] if x.ndim else x for name, x in v.items()} for k, v in adam["state"].items()}
+    changes = [{"identity": []}, {"run": {}}, {"run": state["run"] | {"step": "2"}}, {"weights": {}},
+               {"weights": state["weights"] | {some: state["weights"][some][:1]}}, {"optimizer": {}},
+               {"optimizer": adam | {"state": {}}}, {"optimizer": adam | {"state": narrow}}]
     damaged = [good[:-500], b"", b"x" * 99]
-    for other in [{"identity": {}}, *(state | {part: {}} for part in ("weights", "optimizer"))]:
+    for other in [{"identity": {}}, *(state | change for change in changes)]:
         torch.save(other, stream := io.BytesIO())
         damaged.append(stream.getvalue())
     for content in damaged:
