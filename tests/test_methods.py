@@ -242,7 +242,7 @@ def test_baselines_resume_bit_for_bit(method, backbone, texts_file, tmp_path):
 
 def test_baselines_learn_and_stack(backbone, texts_file, tmp_path):
     """LLM2Vec's recipe: mntp, then simcse from its weights. Each loss falls below that of knowing nothing."""
-    first = train(config(backbone, texts_file, tmp_path / "mntp", method="mntp", steps=400, lr=1e-2))
+    first = train(config(backbone, texts_file, tmp_path / "mntp", method="mntp", steps=100, lr=1e-2))
     facts = json.loads(Path(first, "t2t.json").read_text())
     assert facts["loss"] < facts["constant_loss"] - 0.2                    # the entropy of single tokens
     second = train(config(backbone, texts_file, tmp_path / "both", method="simcse", init=first, steps=100,
