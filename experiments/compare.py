@@ -1,17 +1,17 @@
 """The comparison: token targets against contrastive learning, one backbone, as many texts read.
 
     python experiments/compare.py --data-dir DIR                        # all runs, three seeds; resumes
-    python experiments/compare.py --data-dir DIR --only data --seeds 1  # one run of the table again
+    python experiments/compare.py --data-dir DIR --only data --seeds 1  # one run of the table
     python experiments/compare.py --data-dir DIR --tune                 # the trials on validation splits
     python experiments/compare.py --data-dir DIR --curves               # quality and key words while training
 
 A trained run is one call of t2t.train a stage; stages follow one another through --init, each with an even
 share of the number of texts, drawn anew for each stage. An untrained baseline is a function of
-experiments/untrained.py. Every vector is scored raw and half whitened (by 2,048 texts of the
-corpus), so no method wins by what could be done to all of them; tf-idf, of V dimensions, only raw. Raw is h;
-encode returns h / |h|, which only Banking77 tells apart: its logistic regression sees the length. Test splits
-are scored with the best settings that --tune found; it looks at validation splits only, at raw vectors. Runs
-are kept in --runs, the tables beside them; --publish puts them in results/.
+experiments/untrained.py. Every vector is scored raw, which is h, and half whitened (by 2,048 texts of the
+corpus): no method wins by a step that helps all of them. tf-idf, of V dimensions, is scored raw only. encode
+divides h by its length; this matters in Banking77 alone, whose logistic regression sees the length. Test
+splits are scored with the settings of RUNS. --tune compares them with others, on validation splits and raw
+vectors. Runs are kept in --runs, the tables beside them; --publish puts them in results/.
 """
 import argparse
 import gzip
@@ -53,20 +53,21 @@ PREDICT = dict(method="mntp", batch_size=32, lr=3e-4)
 WORDS = dict(method="data", batch_size=32, lr=1e-3)
 MODEL = dict(method="model", batch_size=32, lr=1e-3)
 BOTH = dict(method="both", batch_size=32, lr=1e-3)
-AVERAGE = dict(pooling="mean", attention="bidirectional")
-MEAN = AVERAGE | dict(prompt="{}")                     # no question
-RUNS = {                                               # name -> for each stage what differs from t2t.Config
-    "simcse": [CONTRAST],
-    "data": [WORDS],
-    "model": [MODEL],
-    "both": [BOTH],
+ASKED = dict(pooling="last", attention="causal", prompt=t2t.Config.prompt)
+MEAN = dict(pooling="mean", attention="bidirectional", prompt="{}")    # no question
+NEXT = {k: v for k, v in MEAN.items() if k != "prompt"}                # mntp has none
+RUNS = {                                               # name -> for each stage, settings of t2t.Config
+    "simcse": [CONTRAST | ASKED],
+    "data": [WORDS | ASKED],
+    "model": [MODEL | ASKED],
+    "both": [BOTH | ASKED],
     "simcse, mean": [CONTRAST | MEAN],
-    "mntp, simcse": [PREDICT | AVERAGE, CONTRAST | MEAN],              # LLM2Vec's unsupervised recipe
+    "mntp, simcse": [PREDICT | NEXT, CONTRAST | MEAN],                 # LLM2Vec's unsupervised recipe
     "data, mean": [WORDS | MEAN],
     "model, mean": [MODEL | MEAN],
     "both, mean": [BOTH | MEAN],
 }
-TRIALS = {                                             # the best of each method stands above
+TRIALS = {                                             # what was chosen, and why: results/details.md
     **RUNS,
     "data, model, mean": [WORDS | MEAN, MODEL | MEAN],
     "both, last, no question": [BOTH | MEAN | dict(pooling="last")],
@@ -77,8 +78,8 @@ TRIALS = {                                             # the best of each method
         "all weights": dict(lora_rank=0, lr=2e-4), "batch 64": dict(batch_size=64)}.items()},
     **{f"simcse, mean, batch {B}, rate {lr:g}": [CONTRAST | MEAN | dict(batch_size=B, lr=lr)]
        for B, lr in ((128, 3e-4), (32, 3e-4), (32, 2e-3), (16, 3e-4), (16, 1e-3))},
-    "mntp, simcse, rate 0.0003": [PREDICT | AVERAGE, CONTRAST | MEAN | dict(lr=3e-4)],
-    "mntp, simcse, batches 64, 128, rate 0.0003": [PREDICT | AVERAGE | dict(batch_size=64),
+    "mntp, simcse, rate 0.0003": [PREDICT | NEXT, CONTRAST | MEAN | dict(lr=3e-4)],
+    "mntp, simcse, batches 64, 128, rate 0.0003": [PREDICT | NEXT | dict(batch_size=64),
                                                    CONTRAST | MEAN | dict(batch_size=128, lr=3e-4)],
 }
 CLAIMS = [(one, x) for one in ("both", "both, mean") for x in (*NAMES, *RUNS)
@@ -88,8 +89,11 @@ CLAIMS = [(one, x) for one in ("both", "both, mean") for x in (*NAMES, *RUNS)
 KEPT = ("command", "loss", "constant_loss", "texts_seen", "seconds", "versions", "corpus_hash")
 
 
-def commit():
-    """Of this code, "-dirty" if any has been changed since; None outside a git checkout."""
+def commit_of(folders):
+    """Of this code, "-dirty" if any has been changed since; None outside a git checkout, and where one of the
+    folders stands already, perhaps by other code."""
+    if any(folder.exists() for folder in folders):
+        return None
     git = lambda line: subprocess.run(line.split(), cwd=ROOT, capture_output=True, text=True).stdout.strip()
     try:
         return git("git rev-parse --short HEAD") + "-dirty" * bool(git("git status -s *.py csrc")) or None
@@ -120,7 +124,8 @@ def train(name, stages, seed, a, watch=None):
             t2t.train(config, None, watch)
         made = json.loads((folder / "t2t.json").read_text())["config"]
         used = t2t.settle(config)
-        other = {k: v for k, v in made.items() if k not in ("resume", "impl") and v != getattr(used, k)}
+        free = "resume", "impl", "out", "init"         # folders may move
+        other = {k: v for k, v in made.items() if k not in free and v != getattr(used, k)}
         if other:
             raise Error(f"--runs: expected {config} in {folder}, got {other}: pass another")
         before = str(folder)
@@ -203,17 +208,17 @@ def run(name, seed, tasks, a, *, baselines, some):
     if not missing:
         return
     t0, facts = time.time(), {}
-    begun = place(name, seed, a).exists()              # perhaps by other code
     if name in baselines:
         read = once(baselines[name])
-        # V dimensions are not whitened
-        W = None if name == "tf-idf" else whitening_matrix(torch.from_numpy(read(some))).numpy()
     else:
-        here = commit()
+        here = commit_of(places(name, RUNS[name], seed, a))
         read, made = reader(*train(name, RUNS[name], seed, a))
-        facts = {k: made[k] for k in KEPT if k in made} | {"commit": None if begun else here}
+        facts = {k: made[k] for k in KEPT if k in made} | {"commit": here}
+    readings = {"raw": read}
+    if name != "tf-idf":                               # V dimensions are not whitened
         W = whitening_matrix(torch.from_numpy(read(some))).numpy()
-    for how, reading in [("raw", read)] + [("whitened", lambda texts: read(texts) @ W)] * (W is not None):
+        readings["whitened"] = lambda texts: read(texts) @ W
+    for how, reading in readings.items():
         scores, items = score(reading, missing)
         kept["scores"].setdefault(how, {}).update(scores)
         arrays |= {f"{how}/{t}": np.stack(x).astype(np.float32) for t, x in items.items()}
@@ -264,13 +269,14 @@ def tune(a):
     """Train and score the trials that --runs does not have yet, then write their table."""
     file, scores = Path(a.runs) / "trials.jsonl", validation(a.data_dir)
     done = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    done = [d for d in done if d["ground"] == ground(a)]
     for seed, name in itertools.product(a.seeds, a.only or TRIALS):
         if any((d["name"], d["seed"], d["settings"]) == (name, seed, TRIALS[name]) for d in done):
             continue
-        t0, here = time.time(), commit()
+        t0, here = time.time(), commit_of(places(f"trial {name}", TRIALS[name], seed, a))
         read, made = reader(*train(f"trial {name}", TRIALS[name], seed, a))
-        done.append({"name": name, "seed": seed, "settings": TRIALS[name], "raw": scores(read),
-                     "commit": here, **without_folders({k: made[k] for k in KEPT}),
+        done.append({"name": name, "seed": seed, "settings": TRIALS[name], "ground": ground(a),
+                     "raw": scores(read), "commit": here, **without_folders({k: made[k] for k in KEPT}),
                      "all_seconds": round(time.time() - t0)})
         with open(file, "a") as f:
             f.write(json.dumps(done[-1]) + "\n")
@@ -309,15 +315,16 @@ def curves(a):
     rows = [json.loads(line) for line in gzip.open(path, "rt")][::3]
     file, seed = Path(a.runs) / f"curves-{a.seeds[0]}.json", a.seeds[0]
     facts = json.loads(file.read_text()) if file.exists() else {}
-    for folder in [place(name, seed, a) for name in CURVES if name not in facts]:
+    same = lambda name: {"settings": RUNS[name], "ground": ground(a)}
+    todo = [name for name in CURVES if {k: facts.get(name, {}).get(k) for k in same(name)} != same(name)]
+    for folder in [place(name, seed, a) for name in todo]:
         if (folder / "t2t.json").exists():
             raise Error(f"--curves: expected to measure while training, but {folder} is trained: remove it, "
                         "or pass another seed")
-    for name in CURVES:
-        if name in facts:
-            continue
-        points, steps, here = [], a.texts // RUNS[name][0]["batch_size"], commit()
+    for name in todo:
+        points, steps = [], a.texts // RUNS[name][0]["batch_size"]
         shutil.rmtree(place(name, seed, a), ignore_errors=True)    # points of an interrupted run are lost
+        here = commit_of([])
 
         def measure(step, embedder):
             if step in {round(share * steps) for share in SHARES}:
@@ -331,7 +338,7 @@ def curves(a):
         measure(0, t2t.Embedder(*asked(a)))
         embedder, folder = train(name, RUNS[name], seed, a, measure)            # which `run` then scores
         made = json.loads((folder / "t2t.json").read_text())
-        facts[name] = {"settings": RUNS[name], "seed": seed, "commit": here, "texts, STS, key words": points,
+        facts[name] = {**same(name), "seed": seed, "commit": here, "texts, STS, key words": points,
                        **without_folders({k: made[k] for k in KEPT})}
         if name == "both":
             facts[name]["tokens"] = [e.top_tokens(SHOWN, 8)[0] for e in (t2t.Embedder(*asked(a)), embedder)]
@@ -446,8 +453,9 @@ def row_of(name, runs):
            "seeds": [f["seed"] for f in runs if name in RUNS], "runs": runs}
     for how in ("raw", "whitened"):
         scores = [f["scores"][how] for f in runs if how in f["scores"]]
-        for x in scores:
-            x |= {"mean STS": round(float(np.mean([x[t] for t in STS])), 2)} if set(STS) <= set(x) else {}
+        for x in scores:                               # in place: claim_of reads it
+            if set(STS) <= set(x):
+                x["mean STS"] = round(float(np.mean([x[t] for t in STS])), 2)
         if scores:
             names = dict.fromkeys(k for x in scores for k in x)
             row[how] = {t: interval([x[t] for x in scores if t in x]) for t in names}
@@ -545,18 +553,20 @@ def main():
     p.add_argument("--max-length", type=int, default=t2t.Config.max_length)
     p.add_argument("--tasks", nargs="+", default=[*STS, "Banking77Classification"])
     p.add_argument("--tune", action="store_true", help="the trials")
-    p.add_argument("--curves", action="store_true", help="the picture")
+    p.add_argument("--curves", action="store_true", help="the picture, of the first seed")
     p.add_argument("--publish", action="store_true", help="write the tables to results/, not to --runs")
     a = p.parse_args()
     a.runs = a.runs or str(ROOT / "runs" / f"compare-{Path(a.corpus).stem}-{a.texts}")
-    if unknown := set(a.only or ()) - set(TRIALS if a.tune else [*NAMES, *RUNS]):
-        known = TRIALS if a.tune else [*NAMES, *RUNS]
-        p.error(f"--only: expected some of {str([*known])[1:-1]}, got {str(sorted(unknown))[1:-1]}")
+    known = [*TRIALS] if a.tune else [*NAMES, *RUNS]
+    if unknown := set(a.only or ()) - set(known):
+        p.error(f"--only: expected some of {str(known)[1:-1]}, got {str(sorted(unknown))[1:-1]}")
+    if a.curves and (a.tune or a.only):
+        p.error("--curves: expected neither --tune nor --only")
     evaluation.offline(a.data_dir)                     # a wrong folder fails now, not after training
     Path(a.runs).mkdir(parents=True, exist_ok=True)
+    baselines, some, a.corpus_hash = untrained(a.backbone, a.corpus, max_length=256)   # as checkpoints read
     if a.tune or a.curves:
         return tune(a) if a.tune else curves(a)
-    baselines, some, a.corpus_hash = untrained(a.backbone, a.corpus, max_length=256)   # as checkpoints read
     tasks = [evaluation.localize(t, a.data_dir) for t in evaluation.pick(a.tasks)]
     for n, seed in enumerate(a.seeds):
         for name in a.only or [*baselines, *RUNS]:

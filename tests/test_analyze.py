@@ -93,9 +93,10 @@ def test_wordnet_knows_its_neighbours():
 # ------------------------------------------------------------------------------------------------- the page
 def test_page_and_picture(learned, tmp_path, capsys):
     out = shutil.copytree(learned, tmp_path / "ckpt")
-    analyze.main([str(out), "The wolf sees the goat."])
+    text = "The $wolf$ sees the $#$ goat for $5."               # no formulas in the picture
+    analyze.main([str(out), text])
     page = capsys.readouterr().out
-    assert page.startswith("The wolf sees the goat.\n    before") and "first PC" in page
+    assert page.startswith(f"{text}\n    before") and "first PC" in page
     facts = json.loads((out / "analysis.json").read_text())
     assert facts["after"]["key"] > facts["before"]["key"]               # it learned what it was trained for
     for row in ("before", "after"):

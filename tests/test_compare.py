@@ -208,6 +208,9 @@ def test_trials_are_made_once(data, backbone, texts_file, tmp_path, monkeypatch,
     monkeypatch.setattr(t2t, "train", None)
     compare.main()
     assert "| data | 2 | 1.0 | 1.0 | 1.0 | 1.0 | 1.0  1.0 |" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", [*args, "--max-length", "32"])    # another trial
+    with pytest.raises(TypeError, match="not callable"):
+        compare.main()
 
 def test_curves(backbone, texts_file, tmp_path, monkeypatch):
     """Two runs, each measured eight times from 0 texts to all; a second call trains nothing."""
@@ -232,6 +235,10 @@ def test_curves(backbone, texts_file, tmp_path, monkeypatch):
     assert (tmp_path / "curves.png").stat().st_size > 10_000
     monkeypatch.setattr(t2t, "train", None)
     compare.main()
+    for name in compare.CURVES:                        # other settings: not those curves
+        monkeypatch.setitem(compare.RUNS, name, [compare.RUNS[name][0] | dict(batch_size=16)])
+    with pytest.raises(Error, match="--curves: .* is trained: remove it"):
+        compare.main()
 
 def test_whitening_matrix():
     rng = np.random.default_rng(0)
