@@ -202,15 +202,12 @@ def check_results(out, tasks):
             if want and (got := getattr(found, key)) != want:
                 raise Error(f"expected {key} {want} in {out}, got {got} in {file.stem}; change --out")
 
-def known(task, models, cache):
-    """{label: TaskResult} of earlier runs"""
-    found = {k: cache.load_task_result(task.metadata.name, m.mteb_model_meta) for k, m in models.items()}
-    return {k: r for k, r in found.items() if r and not r.get_missing_evaluations(task)}
-
-def score(task, models, found, cache, *, data_dir, batch_size):
-    """({label: TaskResult}, one line on why there are not more) of one task; its data is loaded once. found:
-    what earlier runs have scored, see `known`."""
+def score(task, models, cache, *, data_dir, batch_size):
+    """({label: TaskResult}, one line on why there are not more) of one task; its data is loaded once, and not
+    at all if earlier runs have all scores."""
     import mteb
+    found = {k: cache.load_task_result(task.metadata.name, m.mteb_model_meta) for k, m in models.items()}
+    found = {k: r for k, r in found.items() if r and not r.get_missing_evaluations(task)}
     where, doing = task.metadata.dataset["path"], "data not loaded"
     try:  # whatever a data set's own loader or its rows raise: hours of other tasks are not lost for it
         for label in [label for label in models if label not in found]:
@@ -226,29 +223,6 @@ def score(task, models, found, cache, *, data_dir, batch_size):
     finally:
         task.unload_data()
     return found, None
-
-def characters(task, longest=1000):
-    """Number of characters that `task` has a model encode, by mteb's statistics; None where there are none. A
-    text counts at most `longest`, about 256 tokens."""
-    total, splits = 0, task.metadata.descriptive_stats or {}
-    for split in task.eval_splits:
-        stats = splits.get(split, {})
-        subsets = stats.get("hf_subset_descriptive_stats")
-        for part in [subsets.get(s, {}) for s in task.hf_subsets] if subsets else [stats]:
-            for texts in part.values():
-                if isinstance(texts, dict) and texts.get("average_text_length"):
-                    n = texts["total_text_length"] / texts["average_text_length"]
-                    n = texts["unique_texts"] if task.metadata.type == "PairClassification" else n
-                    total += n * min(texts["average_text_length"], longest)
-    # mteb clusters a part of the texts
-    return total * (getattr(task, "max_fraction_of_documents_to_embed", None) or 1) or None
-
-def characters_a_second(model, batch_size):
-    texts = ["a few words of text " * n for n in (2, 5, 10, 40)] * max(1, min(batch_size, 64) // 4)
-    model.model.encode(texts[:4])
-    began = time.time()
-    model.model.encode(texts, batch_size=batch_size)
-    return sum(map(len, texts)) / (time.time() - began)
 
 def into_card(path, rows, tasks):
     """Put scores, {task: score}, into the front matter of the card at `path`, where the hub reads them."""
@@ -283,24 +257,15 @@ def evaluate(paths, tasks=None, data_dir=None, out="runs/mteb", *, batch_size=32
         model.mteb_model_meta = model.mteb_model_meta.model_copy(update=filed)
         models[path if names.count(name) > 1 else name] = model
     cache, rows, missing = mteb.ResultCache(out), [], {}
-    done = [known(task, models, cache) for task in tasks]
-    todo = [[label for label in models if label not in found] for found in done]
-    work = [characters(task) if labels else 0 for task, labels in zip(tasks, todo)]
-    speed = {k: characters_a_second(models[k], batch_size) for k in {k for labels in todo for k in labels}}
-    hours = [(w or 0) * sum(1 / speed[k] for k in labels) / 3600 for w, labels in zip(work, todo)]
-    left = lambda first: f"about {sum(hours[first:]):.1f} h left" + (
-        ", tasks of unknown size not counted" * (None in work[first:]))
-    print(f"{len(tasks)} tasks, {left(0)}", file=sys.stderr, flush=True)
     for number, task in enumerate(tasks, 1):
         name, began = task.metadata.name, time.time()
-        found, reason = score(task, models, done[number - 1], cache, data_dir=data_dir,
-                              batch_size=batch_size)
+        found, reason = score(task, models, cache, data_dir=data_dir, batch_size=batch_size)
         missing |= {name: reason} if reason else {}
         rows.append({"task": name, "type": task.metadata.type, "metric": task.metadata.main_score,
                      "scores": {k: round(100 * found[k].get_score(), 4) for k in models if k in found},
                      "seconds": {k: round(found[k].evaluation_time or 0, 1) for k in models if k in found}})
         print(f"[{number}/{len(tasks)}] {name}:", *(f"{k} {s:.2f}" for k, s in rows[-1]["scores"].items()),
-              f"({reason or f'{time.time() - began:.1f} s'}; {left(number)})", file=sys.stderr, flush=True)
+              f"({reason or f'{time.time() - began:.1f} s'})", file=sys.stderr, flush=True)
     table = {"command": command, "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
              "seconds": round(time.time() - start, 1), "threads": torch.get_num_threads(),
              "batch_size": batch_size, "dtype": dtype,
