@@ -302,7 +302,7 @@ def tune(a):
 
 
 # ---------------------------------------------------------------------------------------------------- curves
-CURVES = {"both": ("Text2Token", "tab:green"), "simcse": ("contrastive (SimCSE)", "tab:blue")}
+CURVES = {"both": ("Text2Token", "tab:green"), "simcse": ("SimCSE", "tab:blue")}
 SHARES = (0, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1)      # of the texts, after which it is measured
 
 
@@ -366,10 +366,13 @@ def picture(facts, folder, a):
         x, *lines = zip(*facts[name]["texts, STS, key words"])
         for y, style, what in zip(lines, ("-", "--"), ("STSBenchmark", "key words lit")):
             left.plot(x, y, style, color=colour, marker=".", label=f"{label}: {what}")
-    left.set(title="while training", xlabel=f"texts read ({Path(a.corpus).stem})", ylabel="x 100")
-    left.legend(fontsize=8)
+    low, high = left.get_ylim()                        # room for the legend
+    left.set(title="while training", xlabel=f"texts read ({Path(a.corpus).stem})", ylabel="x 100",
+             ylim=(low, high + 0.35 * (high - low)))
+    left.legend(fontsize=8, loc="upper center", ncols=2, columnspacing=1)
     bars(right, *facts["both"]["tokens"])
-    fig.suptitle(f"Quality and key words while training; the tokens that “{SHOWN[0]}” lights up")
+    fig.suptitle(f"Quality and key words while training; the tokens that “{SHOWN[0]}” lights up",
+                 parse_math=False)
     fig.savefig(folder / "curves.png", dpi=110)
     write_json(folder / "curves.json", facts)
 
