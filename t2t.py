@@ -11,8 +11,8 @@ tokens that the text is about. Text2Token makes it so:
     x = f(This text: "..." means in one word: ")      f: the backbone without its head; x_t: state of token t
     h = x_T                                 the last state: one vector for the text
     z = H(s h)                              H: the backbone's own head, frozen; s is measured once
-    L = mean_b KL(q_b || softmax(z_b))      q_b: half on words of text b, by tf-idf; half on words to which
-                                            the untrained model gives more probability than for other texts
+    L = mean_b KL(q_b || softmax(z_b))      q_b: half on words of text b, by tf-idf; half on words that the
+                                            untrained model finds more probable for text b than for others
     e = h / |h|                             what encode returns
 
     B texts of a step   T tokens   C width   V vocabulary   K target tokens a text
