@@ -699,7 +699,7 @@ def fit(embedder, config, *, out, tokens, q, on_step):
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             run |= {"step": run["step"] + 1, "seconds": earlier + time.time() - started,
-                    "losses": [*run["losses"], loss][-BUCKET:]}        # of one bucket: texts of all lengths
+                    "losses": [*run["losses"], loss][-BUCKET:]}        # as many steps as a bucket has
             log.write(json.dumps({"step": run["step"], "loss": loss, "constant_loss": constant_loss,
                                   "lr": lr, "grad_norm": norm,
                                   "seconds": round(run["seconds"], 1)}) + "\n")

@@ -54,15 +54,15 @@ WORDS = dict(method="data", batch_size=32, lr=1e-3)
 MODEL = dict(method="model", batch_size=32, lr=1e-3)
 BOTH = dict(method="both", batch_size=32, lr=1e-3)
 ASKED = dict(pooling="last", attention="causal", prompt=t2t.Config.prompt)
-MEAN = dict(pooling="mean", attention="bidirectional", prompt="{}")    # no question
-NEXT = {k: v for k, v in MEAN.items() if k != "prompt"}                # mntp has none
+AVERAGE = dict(pooling="mean", attention="bidirectional")              # for mntp, which refuses a question
+MEAN = AVERAGE | dict(prompt="{}")                                     # no question
 RUNS = {                                               # name -> for each stage, settings of t2t.Config
     "simcse": [CONTRAST | ASKED],
     "data": [WORDS | ASKED],
     "model": [MODEL | ASKED],
     "both": [BOTH | ASKED],
     "simcse, mean": [CONTRAST | MEAN],
-    "mntp, simcse": [PREDICT | NEXT, CONTRAST | MEAN],                 # LLM2Vec's unsupervised recipe
+    "mntp, simcse": [PREDICT | AVERAGE, CONTRAST | MEAN],              # LLM2Vec's unsupervised recipe
     "data, mean": [WORDS | MEAN],
     "model, mean": [MODEL | MEAN],
     "both, mean": [BOTH | MEAN],
@@ -78,8 +78,8 @@ TRIALS = {                                             # what was chosen, and wh
         "all weights": dict(lora_rank=0, lr=2e-4), "batch 64": dict(batch_size=64)}.items()},
     **{f"simcse, mean, batch {B}, rate {lr:g}": [CONTRAST | MEAN | dict(batch_size=B, lr=lr)]
        for B, lr in ((128, 3e-4), (32, 3e-4), (32, 2e-3), (16, 3e-4), (16, 1e-3))},
-    "mntp, simcse, rate 0.0003": [PREDICT | NEXT, CONTRAST | MEAN | dict(lr=3e-4)],
-    "mntp, simcse, batches 64, 128, rate 0.0003": [PREDICT | NEXT | dict(batch_size=64),
+    "mntp, simcse, rate 0.0003": [PREDICT | AVERAGE, CONTRAST | MEAN | dict(lr=3e-4)],
+    "mntp, simcse, batches 64, 128, rate 0.0003": [PREDICT | AVERAGE | dict(batch_size=64),
                                                    CONTRAST | MEAN | dict(batch_size=128, lr=3e-4)],
 }
 CLAIMS = [(one, x) for one in ("both", "both, mean") for x in (*NAMES, *RUNS)
@@ -269,7 +269,7 @@ def tune(a):
     """Train and score the trials that --runs does not have yet, then write their table."""
     file, scores = Path(a.runs) / "trials.jsonl", validation(a.data_dir)
     done = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    done = [d for d in done if d["ground"] == ground(a)]
+    done = [d for d in done if d.get("ground") == ground(a)]
     for seed, name in itertools.product(a.seeds, a.only or TRIALS):
         if any((d["name"], d["seed"], d["settings"]) == (name, seed, TRIALS[name]) for d in done):
             continue
