@@ -569,6 +569,7 @@ def main():
     Path(a.runs).mkdir(parents=True, exist_ok=True)
     baselines, some, a.corpus_hash = untrained(a.backbone, a.corpus, max_length=256)   # as checkpoints read
     if a.tune or a.curves:
+        del baselines                                  # and the model in them
         return tune(a) if a.tune else curves(a)
     tasks = [evaluation.localize(t, a.data_dir) for t in evaluation.pick(a.tasks)]
     for n, seed in enumerate(a.seeds):
